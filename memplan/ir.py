@@ -1,0 +1,351 @@
+"""The data that memplan's stages hand to each other: frozen, torch-free, saved as JSON by serialize.py.
+
+    Step      what runs: graphs of Ops over Tensors (storages), in program order
+    Decision  Keep | Recompute, for the gap between a storage's last forward and first backward use
+    Plan      a Step, a Decision per storage, and the exact order of execution that follows
+    Timeline  what is alive when, predicted or measured: the same type, so comparing them is one function
+
+What must hold: a Tensor is a storage, never a view, so bytes are counted once; lifetimes are half-open
+intervals of moments; everything downstream follows from op order alone, never from clocks.
+Sizes are bytes, times are seconds, throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from memplan.errors import MemplanError
+
+# torch.profiler's words for what memory is used for.
+Kind = Literal["parameter", "input", "activation", "temporary", "gradient", "optimizer_state"]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A size in bytes as a polynomial in the size symbols: a sum of coefficient * product of symbol ** power."""
+
+    terms: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """Its value; every symbol must be in `sizes`."""
+        return sum(c * math.prod(sizes[s] ** p for s, p in powers) for c, powers in self.terms)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A storage. `name` is that of the node that allocates it; `shape` and `dtype` are of that node, for people."""
+
+    name: str
+    bytes: int
+    kind: Kind
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    formula: Polynomial | None = None  # None: `bytes` does not depend on the size symbols
+    source: str = ""  # the user's line: "train.py:12 in loss"
+    layer: str = ""  # the module path: "model.layers.3.mlp"
+
+
+# How a compiler that fuses treats an op: only an extern op needs its inputs and outputs in memory.
+Fusion = Literal["pointwise", "reduction", "extern"]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kernel call. `inputs` and `outputs` index Step.tensors; views are not ops."""
+
+    name: str
+    target: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]  # the storages it allocates
+    flops: int = 0
+    traffic: int = 0  # bytes read and written
+    dtype: str = ""  # decides the machine's arithmetic rate
+    fusion: Fusion = "extern"
+    workspace_bytes: int = 0  # the peak inside the op beyond its inputs and outputs
+    fixed: str = ""  # why it must not run twice; empty: it may be recomputed
+    rng_bytes: int = 0  # size of the generator state saved when a random op is recomputed; 0: not random
+    source: str = ""
+    layer: str = ""
+    body: Loop | None = None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A region run in `count` equal slices: `body` for one slice, `accumulators` summed in place across them."""
+
+    body: Graph
+    count: int
+    accumulators: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Ops in program order. `inputs` exist before it runs; `outputs` outlive it."""
+
+    name: str
+    ops: tuple[Op, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Python between two graphs, with the bytes measured there."""
+
+    after: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A train step. Part of it is a pair of graphs, "forward" then "backward", over one list of storages.
+
+    `resident`: storages alive throughout (parameters, buffers, the batch).
+    `resident_bytes`: state that no op touches, by kind (existing .grad, optimizer states).
+    `saved_by`: what torch's own partitioner would save, by policy name, so that policies need no torch.
+    `notes`: what was found but not handled, each with its source line; shown with every plan.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    graphs: tuple[Graph, ...]
+    resident: tuple[int, ...]
+    resident_bytes: tuple[tuple[Kind, int], ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()  # the size symbols and the values that Tensor.bytes are for
+    saved_by: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def forward(self) -> Graph:
+        return self.graphs[0]
+
+    @property
+    def backward(self) -> Graph:
+        return self.graphs[-1]
+
+    @functools.cached_property
+    def producer(self) -> dict[int, tuple[int, Op]]:
+        """storage -> (index of its op in forward.ops + backward.ops, op); resident storages and tangents are absent."""
+        ops = self.forward.ops + self.backward.ops
+        return {t: (i, op) for i, op in enumerate(ops) for t in op.outputs}
+
+    @functools.cached_property
+    def base_bytes(self) -> int:
+        """Bytes that no decision changes: resident storages and state."""
+        return sum(self.tensors[t].bytes for t in self.resident) + sum(b for _, b in self.resident_bytes)
+
+    def at(self, **sizes: int) -> Step:
+        """The same step at other values of its size symbols. Costs and workspaces scale with nothing: bytes only."""
+        unknown = set(sizes) - {s for s, _ in self.sizes}
+        if unknown:
+            raise MemplanError(f"size symbols {sorted(unknown)} are not in this step: it has {dict(self.sizes)}")
+        values = dict(self.sizes) | sizes
+        tensors = tuple(dataclasses.replace(t, bytes=t.formula.at(values)) if t.formula else t for t in self.tensors)
+        return dataclasses.replace(self, tensors=tensors, sizes=tuple(values.items()))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The storage stays on the device until its last use in backward."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """The storage is freed after its last use in forward and computed again just before backward needs it."""
+
+
+Decision = Keep | Recompute
+Decisions = Mapping[int, Decision]  # storage -> decision; a storage left out is kept if backward reads it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of an op: `op` indexes forward.ops + backward.ops; `again` marks a recomputation."""
+
+    op: int
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device can do. `flops`: dtype -> FLOP/s; a dtype that is absent is not supported."""
+
+    name: str
+    device: Literal["cpu", "cuda"]
+    memory_bytes: int
+    bandwidth: float  # bytes/s of device memory
+    flops: tuple[tuple[str, float], ...]
+    host_bandwidth: float = 0.0  # bytes/s between host and device, one direction
+    unified: bool = False  # host and device share one memory
+    context_bytes: int = 0  # what the driver takes before the first tensor
+    workspace_rules: tuple[tuple[str, float], ...] = ()  # op -> hidden workspace, in multiples of its first output
+
+    def seconds(self, op: Op) -> float:
+        """Roofline (Williams, Waterman, Patterson 2009): the longer of arithmetic and memory traffic."""
+        rates = dict(self.flops)
+        rate = rates.get(op.dtype) or rates["float32"]
+        return max(op.flops / rate, op.traffic / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest peak allowed on the device. `available` is what is left for the step's own bytes."""
+
+    bytes: int
+    fixed_bytes: int = 0  # context and libraries, measured
+    reserve_bytes: int = 0  # held back against fragmentation
+    note: str = ""  # how it was read: "clamped to the device's 24.0 GB"
+
+    @property
+    def available(self) -> int:
+        return self.bytes - self.fixed_bytes - self.reserve_bytes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One point of a timeline: an op (predicted) or an allocator event (measured)."""
+
+    name: str
+    seconds: float  # since the start; an estimate in a prediction
+    phase: str = ""  # "forward" | "backward" | ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes alive over the half-open interval of moments [start, end)."""
+
+    name: str
+    bytes: int
+    kind: Kind
+    start: int
+    end: int
+    decision: str = ""  # "keep" | "recompute" | ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    source: str = ""
+    layer: str = ""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What is alive when. `base` are bytes alive throughout, by kind."""
+
+    title: str
+    origin: Literal["predicted", "measured"]
+    moments: tuple[Moment, ...]
+    blocks: tuple[Block, ...]
+    base: tuple[tuple[Kind, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base_bytes(self) -> int:
+        return sum(b for _, b in self.base)
+
+    @functools.cached_property
+    def totals(self) -> tuple[int, ...]:
+        """Bytes alive at each moment, base included."""
+        delta = [0] * (len(self.moments) + 1)
+        for block in self.blocks:
+            delta[block.start] += block.bytes
+            delta[block.end] -= block.bytes
+        total, out = self.base_bytes, []
+        for change in delta[:-1]:
+            total += change
+            out.append(total)
+        return tuple(out)
+
+    @property
+    def peak(self) -> int:
+        """The largest total in bytes, base included."""
+        return max(self.totals, default=self.base_bytes)
+
+    @property
+    def peak_moment(self) -> int:
+        """Index of the first moment at which the total is largest."""
+        return self.totals.index(self.peak) if self.moments else 0
+
+    @property
+    def peak_above_base(self) -> int:
+        return self.peak - self.base_bytes
+
+    @property
+    def seconds(self) -> float:
+        return self.moments[-1].seconds if self.moments else 0.0
+
+    def alive(self, moment: int | None = None) -> list[Block]:
+        """The blocks alive at a moment (by default at the peak), largest first."""
+        at = self.peak_moment if moment is None else moment
+        return sorted((b for b in self.blocks if b.start <= at < b.end), key=lambda b: -b.bytes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write .json (read back by Timeline.load) or .png, chosen by suffix."""
+        from memplan import report
+
+        report.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Timeline:
+        from memplan import serialize
+
+        return serialize.load(path, Timeline)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for every storage that could cross from forward to backward, and what follows from them."""
+
+    step: Step
+    decisions: tuple[tuple[int, Decision], ...]
+    forward: tuple[Run, ...]
+    backward: tuple[Run, ...]
+    timeline: Timeline
+    budget: Budget
+    machine: Machine
+    policy: str
+    base_seconds: float  # the step's estimated time with nothing recomputed
+    inner: str = "eager"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        return self.timeline.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.budget.available
+
+    @property
+    def overhead(self) -> float:
+        """Estimated extra time as a fraction of the step's time with nothing recomputed."""
+        return self.timeline.seconds / self.base_seconds - 1 if self.base_seconds else 0.0
+
+    @property
+    def saved(self) -> frozenset[int]:
+        """The storages that cross from forward to backward."""
+        return frozenset(t for t, d in self.decisions if isinstance(d, Keep))
+
+    def __str__(self) -> str:
+        from memplan import report
+
+        return report.table(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON (read back by Plan.load), or its timeline as .png."""
+        from memplan import report
+
+        report.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        from memplan import serialize
+
+        return serialize.load(path, Plan)

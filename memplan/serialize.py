@@ -1,0 +1,125 @@
+"""Steps, plans and timelines as JSON: {"memplan": "Plan", "schema": 1, "value": {...}}.
+
+Fields are written by name, unions by class name. What cannot be read whole is refused with a MemplanError
+that names the file; files are written to a temporary name and renamed, so none is ever half-written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from memplan.errors import MemplanError
+from memplan.ir import Decision, Keep, Plan, Recompute, Step, Timeline
+
+SCHEMA = 1  # raised when files written before can no longer be read
+
+_UNIONS: dict[str, type] = {"Keep": Keep, "Recompute": Recompute}
+
+
+def to_json(value: Step | Plan | Timeline) -> str:
+    """The value as JSON text. Fields at their default are left out."""
+    return json.dumps({"memplan": type(value).__name__, "schema": SCHEMA, "value": _encode(value)}, allow_nan=False)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, (Keep, Recompute)):
+        return {"is": type(value).__name__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _encode(v) for f, v in fields if f.default is dataclasses.MISSING or v != f.default}
+    if isinstance(value, tuple):
+        return [_encode(v) for v in value]
+    return value
+
+
+T = typing.TypeVar("T", Step, Plan, Timeline)
+
+
+def from_json(text: str, kind: type[T], name: str = "the text") -> T:
+    """Read what `to_json` wrote. Raises MemplanError naming `name` when it is corrupt, foreign or of another schema."""
+    try:
+        document = json.loads(text)
+    except ValueError as e:
+        raise MemplanError(f"{name} is not JSON ({e}); was it cut short, or is it another kind of file?") from None
+    if not isinstance(document, dict) or "memplan" not in document:
+        raise MemplanError(f"{name} was not written by memplan: it has no 'memplan' entry")
+    if document.get("schema") != SCHEMA:
+        raise MemplanError(
+            f"{name} has schema {document.get('schema')!r}, and this memplan reads schema {SCHEMA}; write it again"
+        )
+    if document["memplan"] != kind.__name__:
+        raise MemplanError(f"{name} holds a {document['memplan']}, not a {kind.__name__}")
+    try:
+        return typing.cast(T, _decode(document.get("value"), kind))
+    except (TypeError, ValueError, KeyError) as e:
+        raise MemplanError(f"{name} is damaged: {e}") from None
+
+
+def load(path: str | os.PathLike[str], kind: type[T]) -> T:
+    """Read a saved Step, Plan or Timeline."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise MemplanError(f"cannot read {os.fspath(path)!r}: {e}") from None
+    return from_json(text, kind, repr(os.fspath(path)))
+
+
+def write(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file whole or not at all: to a temporary name beside it, then renamed."""
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as e:
+        raise MemplanError(
+            f"cannot write {str(target)!r}: {e.strerror}; name a folder that exists and is writable"
+        ) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as e:
+        os.unlink(temporary)
+        raise MemplanError(f"cannot write {str(target)!r}: {e.strerror}") from None
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(value: Any, hint: Any) -> Any:
+    if hint == Decision:
+        return _UNIONS[value["is"]]()
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"expected the fields of {hint.__name__}, found {value!r:.60}")
+        unknown = set(value) - set(_hints(hint))
+        if unknown:
+            raise ValueError(f"{hint.__name__} has no field {sorted(unknown)[0]!r}")
+        return hint(**{name: _decode(v, _hints(hint)[name]) for name, v in value.items()})
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, found {value!r:.60}")
+        if arguments[-1] is Ellipsis:
+            return tuple(_decode(v, arguments[0]) for v in value)
+        return tuple(_decode(v, h) for v, h in zip(value, arguments, strict=True))
+    if type(None) in arguments:
+        return None if value is None else _decode(value, arguments[0])
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{value!r} is not one of {arguments}")
+        return value
+    if hint is float and isinstance(value, int):
+        return float(value)
+    if not isinstance(value, hint):
+        raise ValueError(f"expected {hint.__name__}, found {value!r:.60}")
+    return value
