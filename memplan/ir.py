@@ -122,6 +122,7 @@ class Step:
     gaps: tuple[Gap, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()  # the size symbols and the values that Tensor.bytes are for
     saved_by: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    fused: bool = False  # the inner compiler fuses pointwise chains and reuses dying buffers (Inductor)
     notes: tuple[str, ...] = ()
 
     @property
@@ -133,10 +134,32 @@ class Step:
         return self.graphs[-1]
 
     @functools.cached_property
+    def ops(self) -> tuple[Op, ...]:
+        """forward.ops + backward.ops: what Run.op indexes."""
+        return self.forward.ops + self.backward.ops
+
+    @functools.cached_property
     def producer(self) -> dict[int, tuple[int, Op]]:
-        """storage -> (index of its op in forward.ops + backward.ops, op); resident storages and tangents are absent."""
-        ops = self.forward.ops + self.backward.ops
-        return {t: (i, op) for i, op in enumerate(ops) for t in op.outputs}
+        """storage -> (index in `ops`, op) that allocates it; resident storages and tangents are absent."""
+        return {t: (i, op) for i, op in enumerate(self.ops) for t in op.outputs}
+
+    @functools.cached_property
+    def saveable(self) -> frozenset[int]:
+        """Storages that can cross from forward to backward: made by an op, and independent of the tangents."""
+        tainted, out = set(self.backward.inputs), set()
+        for op in self.ops:
+            if tainted.isdisjoint(op.inputs):
+                out.update(op.outputs)
+            else:
+                tainted.update(op.outputs)
+        return frozenset(out)
+
+    @functools.cached_property
+    def read_in_backward(self) -> frozenset[int]:
+        """Storages of the forward graph that backward reads or returns: what save-all keeps."""
+        made = {t for op in self.forward.ops for t in op.outputs}
+        read = {t for op in self.backward.ops for t in op.inputs} | set(self.backward.outputs)
+        return frozenset(made & read)
 
     @functools.cached_property
     def base_bytes(self) -> int:
@@ -169,7 +192,7 @@ Decisions = Mapping[int, Decision]  # storage -> decision; a storage left out is
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of an op: `op` indexes forward.ops + backward.ops; `again` marks a recomputation."""
+    """One execution of an op: `op` indexes Step.ops; `again` marks a recomputation."""
 
     op: int
     again: bool = False

@@ -1,0 +1,59 @@
+"""torch.compile(step, backend="memplan", options={...}): the entry point torch looks up.
+
+In: a graph from Dynamo with example inputs, and the user's options. Out: a callable that runs the step inside
+the budget. Graphs without a backward are compiled by the inner compiler as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+from memplan.errors import MemplanError
+from memplan.ir import Kind, Plan
+from memplan.machines import machine
+from memplan.options import Options, read_budget
+from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
+from memplan.runtime.executor import compile_eager
+
+log = logging.getLogger("torch.memplan")
+
+
+def memplan_backend(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **more: Any
+) -> Callable[..., Any]:
+    """Compile one graph under memplan. Raises MemplanError, which torch wraps in BackendCompilerFailed."""
+    if more:
+        raise MemplanError(f"torch.compile was given {sorted(more)}; memplan takes options={{...}} only")
+    read = Options.read(options)
+    device = "cuda" if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs) else "cpu"
+    target = machine(read.machine or device)
+    grads: tuple[tuple[Kind, int], ...] = (("gradient", gradient_bytes(example_inputs)),)
+    partitioner = Partitioner(
+        policy=read.policy,
+        budget=read_budget(read.budget, target),
+        machine=target,
+        inner=read.inner,
+        on_plan=lambda plan: _report(plan, read),
+        names=tensor_names(graph),
+        state=grads if grads[0][1] else (),
+    )
+    if read.inner == "eager":
+        compiler = aot_autograd(fw_compiler=compile_eager, bw_compiler=compile_eager, partition_fn=partitioner)
+        return compiler(graph, example_inputs)
+    from memplan.passes.inductor import compile_inductor
+
+    return compile_inductor(graph, example_inputs, partitioner, dict(read.inductor))
+
+
+def _report(plan: Plan, options: Options) -> None:
+    log.info("%s", plan)
+    for note in [*plan.step.notes, *plan.notes]:
+        log.warning("%s", note)
+    if options.out is not None:
+        plan.save(options.out)

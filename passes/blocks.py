@@ -1,0 +1,49 @@
+"""Where a step's forward is narrow: the boundaries between blocks, found without knowing any model.
+
+In: a Step. Out: positions in forward order, and the storages that cross each.
+The width at a position is the bytes made before it and read by forward after it. A boundary is a position
+where the width has a prominent minimum (topographic prominence at least half of its height): in a chain of
+layers the residual stream, in a U-Net the residual stream and the skips that pass over the position.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.signal import find_peaks
+
+from memplan.ir import Step
+
+PROMINENCE = 0.5  # of the width at the boundary
+
+
+def frontiers(step: Step) -> list[frozenset[int]]:
+    """The storages that cross each block boundary, in program order. Block k lies between frontiers k-1 and k."""
+    ops, resident = step.forward.ops, set(step.resident)
+    made, last = _extent(step)
+    width = np.zeros(len(ops) + 1)
+    for t, start in made.items():
+        width[start + 1 : last[t] + 1] += step.tensors[t].bytes
+    # find_peaks looks for maxima; the ends count as high ground so that the first and last minimum qualify.
+    high = 2.0 * width.max() + 1.0
+    padded = np.concatenate([[-high], -width[1 : len(ops)], [-high]])
+    found, shape = find_peaks(padded, prominence=0.0, plateau_size=1)
+    keep = shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)
+    return [
+        frozenset(t for t in made if made[t] < p <= last[t] and t not in resident)
+        for p in (int(i) for i in found[keep])
+    ]
+
+
+def sizes(step: Step, storages: Sequence[int] | frozenset[int]) -> int:
+    """Bytes of a set of storages."""
+    return sum(step.tensors[t].bytes for t in storages)
+
+
+def _extent(step: Step) -> tuple[dict[int, int], dict[int, int]]:
+    """storage -> the forward op that makes it, and the one that reads it last."""
+    made: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, op in enumerate(step.forward.ops):
+        made.update(dict.fromkeys(op.outputs, i))
+        last.update(dict.fromkeys([*op.inputs, *op.outputs], i))
+    return made, last

@@ -1,0 +1,285 @@
+"""A joint FX graph -> a Step.
+
+In: the forward and backward of a train step in one functional graph, with fake values on its nodes (what
+AOTAutograd hands to a partitioner). Out: ir.Step, whose ops and storages are named after the nodes.
+What must hold: one Tensor per storage, so views are neither ops nor bytes; an op is forward if the forward
+outputs need it, else backward, in the graph's order. `capture`, `lifetimes` of storages, `costs` and
+`workspaces` are all that read FX; nothing here changes the graph except `prepare`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import getitem
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import classify_nodes
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
+from memplan.passes import costs
+from memplan.passes.compat import size_hint, symbol_hint
+
+RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}  # torch.get_rng_state().numel() on each device
+
+
+def prepare(joint: fx.GraphModule) -> None:
+    """Remove dead code, checks of metadata that tracing has already made, and computations made twice."""
+    for node in list(joint.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            joint.graph.erase_node(node)
+    joint.graph.eliminate_dead_code()
+    joint.graph = fx_graph_cse(joint.graph)
+    joint.recompile()
+
+
+def capture(
+    joint: fx.GraphModule,
+    *,
+    num_fwd_outputs: int,
+    parameters: Collection[int],
+    mutated: Collection[int] = (),
+    names: Sequence[str] = (),
+    workspaces: Callable[[Sequence[fx.Node]], Mapping[str, int]] = lambda _: {},
+    fused: bool = False,
+    title: str = "step",
+) -> Step:
+    """The Step of a prepared joint graph.
+
+    `parameters` and `mutated` index the primal inputs: those that stay for good, and those that forward writes
+    to. `names` are people's names for the primals. `workspaces` gives the memory inside ops.
+    """
+    reader = _Reader(joint, num_fwd_outputs, parameters, mutated, names, fused)
+    reader.read(workspaces)
+    return reader.step(title)
+
+
+class _Reader:
+    """One pass over the nodes, collecting storages and ops."""
+
+    def __init__(
+        self,
+        joint: fx.GraphModule,
+        num_fwd_outputs: int,
+        parameters: Collection[int],
+        mutated: Collection[int],
+        names: Sequence[str],
+        fused: bool,
+    ) -> None:
+        self.nodes = list(joint.graph.nodes)
+        info = classify_nodes(joint, list(parameters), num_fwd_outputs)
+        self.in_forward = info.required_fw_nodes
+        outputs = self.nodes[-1].args[0]
+        self.forward_outputs, self.backward_outputs = outputs[:num_fwd_outputs], outputs[num_fwd_outputs:]
+        self.primals = [n for n in self.nodes if n.op == "placeholder" and not n.name.startswith("tangents")]
+        self.parameters, self.mutated, self.names, self.fused = parameters, mutated, names, fused
+        self.tensors: list[Tensor] = []
+        self.storage_of: dict[Any, int] = {}  # identity of a fake storage -> index in tensors
+        self.of_node: dict[fx.Node, tuple[int, ...]] = {}
+        self.forward: list[Op] = []
+        self.backward: list[Op] = []
+        self.resident: list[int] = []
+        self.tangents: list[int] = []
+        self.symbols: dict[str, int] = {}
+
+    def read(self, workspaces: Callable[[Sequence[fx.Node]], Mapping[str, int]]) -> None:
+        inputs = {node: i for i, node in enumerate(self.primals)}
+        made: dict[fx.Node, tuple[int, ...]] = {}
+        for node in self.nodes:
+            before = len(self.tensors)
+            if node.op == "placeholder":
+                is_primal = node in inputs
+                kind: Kind = "parameter" if inputs.get(node) in self.parameters else "input"
+                label = self.names[inputs[node]] if is_primal and len(self.names) == len(inputs) else ""
+                self._storages(node, node.meta.get("val"), kind, label)
+                (self.resident if is_primal else self.tangents).extend(range(before, len(self.tensors)))
+            elif node.op == "get_attr":
+                self._storages(node, node.meta.get("val"), "parameter")
+                self.resident.extend(range(before, len(self.tensors)))
+            elif node.op == "call_function" and node.target is not getitem:
+                self._storages(node, node.meta.get("val"), "activation")
+                made[node] = tuple(range(before, len(self.tensors)))
+            elif node.op == "call_function":
+                self.of_node[node] = self._known(node.meta.get("val"))
+        ops = [n for n in made if made[n] or _has_effects(n)]
+        inside = workspaces(ops)
+        written = {t for i in self.mutated for t in self.of_node[self.primals[i]]}
+        for node in ops:
+            op = self._op(node, made[node], inside.get(node.name, 0), written)
+            (self.forward if node in self.in_forward else self.backward).append(op)
+
+    def step(self, title: str) -> Step:
+        return Step(
+            name=title,
+            tensors=tuple(self.tensors),
+            graphs=(
+                Graph("forward", tuple(self.forward), tuple(self.resident), self._outputs(self.forward_outputs)),
+                Graph("backward", tuple(self.backward), tuple(self.tangents), self._outputs(self.backward_outputs)),
+            ),
+            resident=tuple(self.resident),
+            sizes=tuple(sorted(self.symbols.items())),
+            fused=self.fused,
+            notes=tuple(self._masks()),
+        )
+
+    def _known(self, value: Any) -> tuple[int, ...]:
+        keys = (StorageWeakRef(t.untyped_storage()) for t in costs.tensors(value))
+        return tuple(dict.fromkeys(self.storage_of[k] for k in keys if k in self.storage_of))
+
+    def _storages(self, node: fx.Node, value: Any, kind: Kind, label: str = "") -> None:
+        """Give each storage not seen before an entry; a view's storage is that of its base."""
+        alias = _view_base(node)
+        getitems = {n.args[1]: n.name for n in node.users if n.target is getitem}
+        many = isinstance(value, (tuple, list))
+        found = []
+        for k, part in enumerate(value if many else [value]):
+            for tensor in costs.tensors(part):
+                key = StorageWeakRef(tensor.untyped_storage())
+                if key not in self.storage_of and alias is not None:
+                    self.storage_of[key] = self.of_node[alias][0]
+                if key not in self.storage_of:
+                    self.storage_of[key] = len(self.tensors)
+                    name = label or (getitems.get(k, f"{node.name}.{k}") if many else node.name)
+                    self.tensors.append(self._tensor(node, name, tensor, kind))
+                found.append(self.storage_of[key])
+        self.of_node[node] = tuple(dict.fromkeys(found))
+
+    def _tensor(self, node: fx.Node, name: str, value: torch.Tensor, kind: Kind) -> Tensor:
+        size = value.untyped_storage().nbytes()
+        return Tensor(
+            name, size_hint(size), kind, tuple(size_hint(n) for n in value.shape),
+            str(value.dtype).removeprefix("torch."), self._formula(size), source_line(node), layer(node),
+        )  # fmt: skip
+
+    def _formula(self, size: Any) -> Polynomial | None:
+        """The size as a polynomial in its symbols, None if it is a number or no polynomial."""
+        if not isinstance(size, torch.SymInt):
+            return None
+        expression = sympy.expand(size.node.expr)
+        symbols = sorted(expression.free_symbols, key=str)
+        if not symbols or not expression.is_polynomial(*symbols):
+            return None
+        self.symbols |= {str(s): symbol_hint(size, s) for s in symbols}
+        terms = sympy.Poly(expression, *symbols).terms()
+        return Polynomial(
+            tuple(
+                (int(c), tuple((str(s), int(p)) for s, p in zip(symbols, powers, strict=True) if p))
+                for powers, c in terms
+            )
+        )
+
+    def _op(self, node: fx.Node, outputs: tuple[int, ...], workspace: int, written: Collection[int]) -> Op:
+        inputs = tuple(dict.fromkeys(t for n in node.all_input_nodes for t in self.of_node.get(n, ())))
+        value = costs.tensors(node.meta.get("val"))
+        arguments = costs.tensors(node.args)
+        dtype = next((str(t.dtype).removeprefix("torch.") for t in [*arguments, *value] if t.is_floating_point()), "")
+        return Op(
+            name=node.name,
+            target=str(node.target),
+            inputs=inputs,
+            outputs=outputs,
+            flops=costs.flops(node),
+            traffic=costs.traffic(node),
+            dtype=dtype,
+            fusion=costs.fusion(node) if self.fused else "extern",
+            workspace_bytes=workspace,
+            fixed=_fixed(node, inputs, written),
+            rng_bytes=_rng_bytes(node, value),
+            source=source_line(node),
+            layer=layer(node),
+        )
+
+    def _outputs(self, nodes: Sequence[Any]) -> tuple[int, ...]:
+        found = (t for n in nodes if isinstance(n, fx.Node) for t in self.of_node.get(n, ()))
+        return tuple(t for t in dict.fromkeys(found) if t not in self.resident)
+
+    def _masks(self) -> list[str]:
+        """A T x T mask that tracing made real: named, because it costs more than the step."""
+        found: dict[str, tuple[int, Tensor]] = {}
+        for op in self.forward:
+            for t in op.outputs:
+                tensor = self.tensors[t]
+                square = len(tensor.shape) >= 2 and tensor.shape[-1] == tensor.shape[-2] >= 512
+                if square and tensor.dtype == "bool":
+                    count, _ = found.get(tensor.source, (0, tensor))
+                    found[tensor.source] = (count + 1, tensor)
+        return [
+            f"a mask {list(m.shape)} of {m.bytes / 2**20:.0f} MiB was built (x{count}) at {source or 'an unknown line'}: "
+            "if it is causal, pass attention_mask=None and let attention use is_causal"
+            for source, (count, m) in found.items()
+        ]
+
+
+def storage_keys(node: fx.Node) -> list[StorageWeakRef]:
+    """The identity of the storage behind each of a node's results."""
+    return [StorageWeakRef(t.untyped_storage()) for t in costs.tensors(node.meta.get("val"))]
+
+
+def _view_base(node: fx.Node) -> fx.Node | None:
+    """The argument whose storage the result shares, by the op's schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    results = [r.alias_info for r in schema.returns]
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    if first is not None and not first.is_write and any(r is not None for r in results):
+        return node.args[0]
+    return None
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """No result of its own, and still not to be left out: an assertion, a copy into an input, a collective."""
+    return node.is_impure() or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _fixed(node: fx.Node, inputs: Collection[int], written: Collection[int]) -> str:
+    """Why an op must not run twice; empty if it may."""
+    target = node.target
+    schema = getattr(target, "_schema", None)
+    if not isinstance(target, torch._ops.OpOverload):
+        return "a higher-order op, whose effects are unknown"
+    if schema is not None and schema.is_mutable:
+        return "it writes to its inputs"
+    if any(t in written for t in inputs):
+        return "it reads a buffer that forward changes"
+    if target.namespace in ("_c10d_functional", "c10d"):
+        return "a collective"
+    if costs.name(target) in ("inductor_seeds", "inductor_seed"):
+        return "it draws the random seed"
+    if any(_unbacked(n) for t in costs.tensors(node.meta.get("val")) for n in t.shape):
+        return "its size depends on data"
+    return ""
+
+
+def _unbacked(n: Any) -> bool:
+    return isinstance(n, torch.SymInt) and not n.node.has_hint()
+
+
+def _rng_bytes(node: fx.Node, results: Sequence[torch.Tensor]) -> int:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return 0
+    return RNG_STATE_BYTES.get(results[0].device.type if results else "cpu", 16)
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's program that made the node: "modeling.py:210 in forward"."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line, function = frames[-1]
+    return f"{os.path.basename(path)}:{line} in {function}"
+
+
+def layer(node: fx.Node) -> str:
+    """The module path: "model.layers.3.mlp"."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    if not stack:
+        return str((node.meta.get("custom") or {}).get("memplan_layer", ""))
+    path = str(list(stack.values())[-1][0])
+    return ".".join(p for p in re.findall(r"\w+", path) if p not in ("L", "self", "_modules", "G"))

@@ -1,0 +1,101 @@
+"""The partitioner: AOTAutograd's joint graph in, planned forward and backward graphs out.
+
+One Partitioner serves one compile. It carries what that compile needs (policy, budget, machine, inner) and
+gives the Plan to `on_plan`. It is the single place where capture, planning and rewriting meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+
+from memplan.ir import Budget, Kind, Machine, Plan, Step
+from memplan.passes import capture, workspaces
+from memplan.passes.pipeline import make_plan
+from memplan.passes.policies import Policy, name_of
+from memplan.passes.recompute import split
+from memplan.passes.torch_policies import saved_sets
+
+
+@dataclass(frozen=True)
+class Partitioner:
+    """`names`: people's names of the graph's inputs. `measure`: run ops to learn their workspaces, or look them up."""
+
+    policy: str | Policy
+    budget: Budget
+    machine: Machine
+    inner: str
+    on_plan: Callable[[Plan], None]
+    names: tuple[str, ...] = ()
+    state: tuple[tuple[Kind, int], ...] = ()  # bytes that no op touches, by kind
+    measure: bool = True
+    title: str = "step"
+
+    def __call__(
+        self,
+        joint: fx.GraphModule,
+        _inputs: Sequence[Any],
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        capture.prepare(joint)
+        step = self.step(joint, num_fwd_outputs, static_lifetime_input_indices or ())
+        plan = make_plan(step, self.policy, self.budget, self.machine, inner=self.inner)
+        self.on_plan(plan)
+        return split(joint, plan, num_fwd_outputs)
+
+    def step(self, joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int]) -> Step:
+        """The Step of a prepared joint graph, with torch's saved sets when the policy wants them."""
+        import dataclasses
+
+        step = capture.capture(
+            joint,
+            num_fwd_outputs=num_fwd_outputs,
+            parameters=frozenset(parameters),
+            mutated=_mutated_inputs(),
+            names=self.names,
+            workspaces=self._workspaces,
+            fused=self.inner == "inductor",
+            title=self.title,
+        )
+        saved: tuple[tuple[str, tuple[int, ...]], ...] = ()
+        if name_of(self.policy).startswith("torch"):
+            saved = saved_sets(joint, step, num_fwd_outputs, parameters, name_of(self.policy))
+        return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved)
+
+    def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
+        if not self.measure:
+            return {n.name: workspaces.by_rule(n, self.machine) for n in nodes}
+        return workspaces.measure(nodes)
+
+
+def _mutated_inputs() -> frozenset[int]:
+    """Inputs that the step writes to, as AOTAutograd found them."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return frozenset(metadata.mutated_inp_runtime_indices) if metadata is not None else frozenset()
+
+
+def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:
+    """People's names for a Dynamo graph's inputs: "model.layers.0.mlp.up_proj.weight"."""
+    return tuple(_clean(str(n.target)) for n in graph.graph.nodes if n.op == "placeholder")
+
+
+def _clean(name: str) -> str:
+    import re
+
+    name = re.sub(r"_(parameters|modules|buffers)_", ".", name.removeprefix("L_").removeprefix("G_"))
+    return name.replace("self_", "").strip("_.")
+
+
+def gradient_bytes(inputs: Sequence[Any]) -> int:
+    """Bytes of the .grad that parameters hold already: a backward adds to them."""
+    grads = [t.grad for t in inputs if isinstance(t, torch.nn.Parameter) and t.grad is not None]
+    return sum(g.untyped_storage().nbytes() for g in grads)

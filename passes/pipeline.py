@@ -1,0 +1,114 @@
+"""Step -> Plan: decide, schedule, check, simulate. Torch-free.
+
+In: a Step, a policy, a Budget, a Machine. Out: a Plan that passes `check` and fits, or an exception that says
+why not. Whatever a policy returns is validated here, so policies stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memplan.errors import DoesNotFit, MemplanError, did_you_mean
+from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Plan, Recompute, Step
+from memplan.passes import policies
+from memplan.passes.check import check
+from memplan.passes.schedule import saved_by, schedule
+from memplan.passes.simulate import simulate
+
+
+def make_plan(
+    step: Step, policy: str | policies.Policy, budget: Budget, machine: Machine, *, inner: str, fit: bool = True
+) -> Plan:
+    """The policy's plan. Raises DoesNotFit when `fit` and its peak is over the budget."""
+    chosen = policies.find(policy)
+    plan = evaluate(step, _ask(chosen, step, budget, machine), budget, machine, inner, policies.name_of(policy))
+    if fit and not plan.fits:
+        raise does_not_fit(plan)
+    return plan
+
+
+def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine, inner: str, policy: str) -> Plan:
+    """What follows from the decisions, fitting or not. Raises MemplanError when they make no valid plan."""
+    decisions = _resolved(step, decisions, policy)
+    forward, backward = schedule(step, saved_by(step, decisions))
+    read = {t for run in backward for t in step.ops[run.op].inputs} | set(step.backward.outputs)
+    saved = saved_by(step, decisions) & read
+    again = {t for run in backward if run.again for t in step.ops[run.op].outputs}
+    final: dict[int, Decision] = {t: Keep() for t in saved} | {t: Recompute() for t in again - saved}
+    plan = Plan(
+        step=step,
+        decisions=tuple(sorted(final.items())),
+        forward=forward,
+        backward=backward,
+        timeline=simulate(step, forward, backward, saved, machine),
+        budget=budget,
+        machine=machine,
+        policy=policy,
+        base_seconds=sum(machine.seconds(op) for op in step.ops),
+        inner=inner,
+    )
+    broken = check(plan)
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise MemplanError(f"policy {policy!r} made no valid plan: {broken[0]}{more}\n" + "\n".join(broken[1:]))
+    return plan
+
+
+def _ask(policy: policies.Policy, step: Step, budget: Budget, machine: Machine) -> Decisions:
+    try:
+        return policy(step, budget, machine)
+    except MemplanError:
+        raise
+    except Exception as e:
+        raise MemplanError(f"policy {policies.name_of(policy)!r} raised {type(e).__name__}: {e}") from e
+
+
+def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
+    """Decisions by storage; names are accepted in their place, anything else is refused."""
+    if not isinstance(decisions, Mapping):
+        raise MemplanError(
+            f"policy {policy!r} returned a {type(decisions).__name__}; it must return a mapping storage -> Keep() | "
+            "Recompute()"
+        )
+    by_name = {tensor.name: t for t, tensor in enumerate(step.tensors)}
+    out: dict[int, Decision] = {}
+    for key, decision in decisions.items():
+        storage = by_name.get(key, -1) if isinstance(key, str) else key
+        if not isinstance(storage, int) or not 0 <= storage < len(step.tensors):
+            hint = did_you_mean(key, by_name) if isinstance(key, str) else f": the step has {len(step.tensors)}"
+            raise MemplanError(f"policy {policy!r} decides on a storage {key!r} that the step does not have{hint}")
+        if not isinstance(decision, (Keep, Recompute)):
+            raise MemplanError(f"policy {policy!r} gives {decision!r} for {key!r}; it must be Keep() or Recompute()")
+        if storage not in step.saveable:
+            raise MemplanError(
+                f"policy {policy!r} decides on {step.tensors[storage].name!r}, which cannot cross from forward to "
+                "backward: decide on storages in step.saveable"
+            )
+        out[storage] = decision
+    return out
+
+
+def does_not_fit(plan: Plan) -> DoesNotFit:
+    """What was needed, the best any policy reaches, and the largest tensors alive then."""
+    from memplan.passes.policies.greedy import Greedy
+
+    step, budget = plan.step, plan.budget
+    nothing = Budget(0)
+    least = evaluate(step, Greedy()(step, nothing, plan.machine), nothing, plan.machine, plan.inner, "greedy")
+    best = min(plan, least, key=lambda p: p.peak)
+    fixed = budget.bytes - budget.available
+    largest = [
+        f"  {b.bytes / 2**20:10.1f} MiB  {b.name} {list(b.shape)} {b.dtype}  {b.source}"
+        for b in best.timeline.alive()[:3]
+    ]
+    smallest = best.peak + fixed
+    return DoesNotFit(
+        f"the step does not fit {budget.bytes / 1e9:.3f} GB: policy {plan.policy!r} needs {(plan.peak + fixed) / 1e9:.3f}"
+        f" GB, and the best of the built-in policies {smallest / 1e9:.3f} GB; set a budget of at least {smallest} bytes,"
+        " or make the batch smaller\n"
+        f"alive at that peak, beyond {step.base_bytes / 2**20:.1f} MiB of parameters and inputs:\n"
+        + "\n".join(largest),
+        budget=budget.bytes,
+        needed=plan.peak + fixed,
+        smallest=smallest,
+    )

@@ -1,0 +1,98 @@
+"""Plan -> the forward and backward FX graphs that follow it. Decides nothing.
+
+Before: one joint graph, and a Plan whose Runs name its nodes. After: a forward graph that also returns the
+saved storages, and a backward graph that takes them and computes the others again, each in the plan's order.
+
+    joint     a b c d | d' c'          plan: keep b, recompute c
+    forward   a b c d -> out, b        backward(b)  c d' c'
+
+What saves a storage is the node that allocates it, never a view; views are replayed where they are used.
+A random op that runs twice draws the same numbers: its generator state travels with the saved tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import getitem
+
+from torch import fx
+from torch._functorch.partitioners import functionalize_rng_ops, is_sym_node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from memplan.errors import MemplanError
+from memplan.ir import Plan, Run
+from memplan.passes.compat import extract
+
+
+def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(forward, backward) graph modules."""
+    by_name = {node.name: node for node in joint.graph.nodes}
+    primals = [n for n in joint.graph.nodes if n.op == "placeholder" and not n.name.startswith("tangents")]
+    saved = [n for n in primals if not is_sym_node(n)]
+    saved += [by_name[plan.step.tensors[t].name] for t in sorted(plan.saved)]
+    symbols = [n for n in joint.graph.nodes if is_sym_node(n) and not _needs_tangents(n)]
+    for run in plan.backward:
+        node = by_name[plan.step.ops[run.op].name]
+        if run.again and plan.step.ops[run.op].rng_bytes:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    forward, backward = extract(joint, saved, symbols, num_fwd_outputs)
+    forward.graph = _ordered(forward.graph, _names(plan, plan.forward), "forward")
+    backward.graph = _ordered(backward.graph, _names(plan, plan.backward), "backward")
+    if any(n.meta.get("recompute") for n in joint.graph.nodes) and any(_is_tangent(n) for n in backward.graph.nodes):
+        forward, backward = functionalize_rng_ops(joint, forward, backward, len(symbols))
+        forward.graph, backward.graph = _ordered(forward.graph, (), ""), _ordered(backward.graph, (), "")
+    forward.recompile()
+    backward.recompile()
+    return forward, backward
+
+
+def _names(plan: Plan, runs: Sequence[Run]) -> list[str]:
+    return [plan.step.ops[run.op].name for run in runs]
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in node.name
+
+
+def _needs_tangents(node: fx.Node) -> bool:
+    seen, stack = set(), [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            if _is_tangent(n):
+                return True
+            stack.extend(n.all_input_nodes)
+    return False
+
+
+def _ordered(graph: fx.Graph, names: Iterable[str], where: str) -> fx.Graph:
+    """The graph with the named nodes in the given order, views just before their use, getitems just after."""
+    by_name = {node.name: node for node in graph.nodes}
+    new, env = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def emit(node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            n = stack[-1]
+            missing = [i for i in n.all_input_nodes if i not in env]
+            if n in env:
+                stack.pop()
+            elif missing:
+                stack.extend(reversed(missing))
+            else:
+                env[stack.pop()] = new.node_copy(n, lambda x: env[x])
+                for user in n.users:
+                    if user.target is getitem and user not in env:
+                        env[user] = new.node_copy(user, lambda x: env[x])
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            emit(node)
+    for name in names:
+        if name not in by_name:
+            raise MemplanError(f"the plan runs {name} in {where}, and torch's split left it out; please report this")
+        emit(by_name[name])
+    for node in graph.nodes:
+        emit(node)
+    return new

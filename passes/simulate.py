@@ -1,0 +1,75 @@
+"""An order of execution -> a Timeline: bytes exactly, from op order alone; time as an estimate.
+
+In: a Step, its Runs and the storages that cross. Out: who is alive when. Bytes depend on no clock, so they are
+the same on every machine; seconds are the roofline's. `peak` is the same arithmetic without the names, for
+policies that ask often.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from memplan.ir import Block, Kind, Machine, Moment, Run, Step, Timeline
+from memplan.passes.lifetimes import Life, lifetimes
+from memplan.passes.schedule import schedule
+
+
+def simulate(
+    step: Step, forward: Sequence[Run], backward: Sequence[Run], saved: Collection[int], machine: Machine
+) -> Timeline:
+    """The predicted timeline of one step."""
+    moments, clock = [], 0.0
+    runs = [*forward, *backward]
+    for i, run in enumerate(runs):
+        op = step.ops[run.op]
+        clock += machine.seconds(op)
+        moments.append(Moment(op.name, clock, "forward" if i < len(forward) else "backward"))
+    gradients = set(step.backward.outputs)
+    blocks = tuple(
+        _block(step, life, runs, crossing=life.start < len(forward) < life.end, gradients=gradients)
+        for life in lifetimes(step, forward, backward, saved)
+    )
+    return Timeline(step.name, "predicted", tuple(moments), blocks, _base(step), step.notes)
+
+
+def peak(step: Step, saved: Collection[int]) -> int:
+    """The peak in bytes, base included, when the storages `saved` cross."""
+    forward, backward = schedule(step, saved)
+    lives = lifetimes(step, forward, backward, saved)
+    if not lives:
+        return step.base_bytes
+    table = np.array([(life.start, life.end, life.bytes) for life in lives], dtype=np.int64)
+    change = np.zeros(len(forward) + len(backward) + 1, dtype=np.int64)
+    np.add.at(change, table[:, 0], table[:, 2])
+    np.add.at(change, table[:, 1], -table[:, 2])
+    return step.base_bytes + int(np.cumsum(change)[:-1].max())
+
+
+def seconds(step: Step, runs: Collection[Run], machine: Machine) -> float:
+    """Estimated time of the runs."""
+    return sum(machine.seconds(step.ops[run.op]) for run in runs)
+
+
+def _block(step: Step, life: Life, runs: Sequence[Run], *, crossing: bool, gradients: set[int]) -> Block:
+    if life.storage < 0:
+        op = step.ops[runs[life.start].op]
+        name = "generator state" if op.rng_bytes and not op.workspace_bytes else f"{op.name} workspace"
+        return Block(name, life.bytes, "temporary", life.start, life.end, source=op.source, layer=op.layer)
+    tensor = step.tensors[life.storage]
+    kind: Kind = "temporary"
+    if life.storage in gradients and not life.again:
+        kind = "gradient"
+    elif crossing or life.again:
+        kind = "activation"
+    decision = "recompute" if life.again else "keep" if crossing else ""
+    return Block(
+        tensor.name, life.bytes, kind, life.start, life.end, decision,
+        tensor.shape, tensor.dtype, tensor.source, tensor.layer,
+    )  # fmt: skip
+
+
+def _base(step: Step) -> tuple[tuple[Kind, int], ...]:
+    base: dict[Kind, int] = {}
+    for kind, size in [*((step.tensors[t].kind, step.tensors[t].bytes) for t in step.resident), *step.resident_bytes]:
+        base[kind] = base.get(kind, 0) + size
+    return tuple(base.items())

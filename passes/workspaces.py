@@ -1,0 +1,124 @@
+"""The memory inside ops, measured: each op is run once per shape, stride and dtype.
+
+In: FX nodes with fake values on the CPU. Out: bytes beyond the op's inputs and outputs at its peak.
+A kernel may cast, copy or pack inside (softmax of a strided input, attention's backward, bfloat16 next to
+float32), and no trace can see it. The generator's state is put back; nothing of what ran is kept.
+On a device that is not this one nothing can be run: the machine's workspace_rules apply instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._C._autograd import _ProfilerEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memplan.ir import Machine
+from memplan.passes import costs
+from memplan.passes.compat import size_hint
+
+_MARK = "memplan::workspace::"
+
+
+def measure(nodes: Sequence[fx.Node]) -> dict[str, int]:
+    """node name -> workspace bytes, for nodes whose op can be run alone; the others are absent."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in nodes:
+        if _runnable(node):
+            groups.setdefault(_signature(node), []).append(node)
+    states = torch.get_rng_state()
+    out: dict[str, int] = {}
+    try:
+        with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peaks = _peaks([group[0] for group in groups.values()])
+    finally:
+        torch.set_rng_state(states)
+    for group, peak in zip(groups.values(), peaks, strict=True):
+        if peak is not None:
+            outputs = sum(size_hint(t.untyped_storage().nbytes()) for t in costs.tensors(group[0].meta["val"]))
+            out |= {node.name: max(0, peak - outputs) for node in group}
+    return out
+
+
+def by_rule(node: fx.Node, machine: Machine) -> int:
+    """The machine's table: a multiple of the op's first output."""
+    factor = dict(machine.workspace_rules).get(str(node.target))
+    results = costs.tensors(node.meta.get("val"))
+    return int(factor * costs.nbytes(results[0])) if factor and results else 0
+
+
+def _runnable(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
+        return False
+    inputs = costs.tensors((node.args, node.kwargs))
+    return all(t.device.type == "cpu" and t.layout is torch.strided for t in inputs)
+
+
+def _signature(node: fx.Node) -> Any:
+    def describe(value: Any) -> Any:
+        value = value.meta.get("val") if isinstance(value, fx.Node) else value
+        if isinstance(value, torch.Tensor):
+            return (tuple(map(size_hint, value.shape)), tuple(map(size_hint, value.stride())), str(value.dtype))
+        return str(size_hint(value)) if isinstance(value, torch.SymInt) else repr(value)
+
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    return (str(node.target), str(spec), tuple(describe(leaf) for leaf in leaves))
+
+
+def _peaks(nodes: Sequence[fx.Node]) -> list[int | None]:
+    """Peak bytes allocated inside each op, outputs included; None where it could not be run."""
+    failed: set[int] = set()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+        for i, node in enumerate(nodes):
+            try:
+                args, kwargs = pytree.tree_map(_real, (node.args, dict(node.kwargs)))
+                with record_function(f"{_MARK}{i}"):
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                del args, kwargs, result
+            except Exception:  # zeros are not valid input to every op; its workspace then stays unknown
+                failed.add(i)
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    peaks: list[int | None] = [None] * len(nodes)
+    stack = list(trace.profiler.kineto_results.experimental_event_tree())
+    while stack:
+        event = stack.pop()
+        if event.name.startswith(_MARK):
+            i = int(event.name.removeprefix(_MARK))
+            peaks[i] = None if i in failed else _peak_inside(event)
+        else:
+            stack.extend(event.children)
+    return peaks
+
+
+def _peak_inside(event: _ProfilerEvent) -> int:
+    changes: list[tuple[int, int]] = []
+    stack = list(event.children)
+    while stack:
+        child = stack.pop()
+        if child.name == "[memory]":
+            changes.append((child.start_time_ns, child.extra_fields.alloc_size))  # type: ignore[union-attr]
+        stack.extend(child.children)
+    total = peak = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+def _real(value: Any) -> Any:
+    """Zeros in the place of a fake value: a valid index, and a valid number."""
+    value = value.meta.get("val") if isinstance(value, fx.Node) else value
+    if isinstance(value, torch.SymInt):
+        return size_hint(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape, stride = [size_hint(n) for n in value.shape], [size_hint(n) for n in value.stride()]
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
+    return torch.zeros(max(extent, 0), dtype=value.dtype).as_strided(shape, stride)
