@@ -33,7 +33,7 @@ class Options:
     `budget`: "24GB", "50%", a fraction as a float, bytes as an int; None: the whole device.
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
-    `out`: a folder for the plan and its timeline.
+    `out`: the folder in which the backend writes its plans.
     """
 
     budget: str | int | float | None = None
