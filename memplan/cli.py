@@ -1,0 +1,138 @@
+"""The memplan command: one function per subcommand, whose docstring is its help.
+
+Exit codes: 0 done, 2 bad input, 3 the step does not fit its budget (so that `memplan plan` can gate a job).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import memplan
+from memplan import report, serialize
+from memplan.errors import DoesNotFit, MemplanError
+from memplan.ir import Plan, Timeline
+from memplan.options import Options
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Train a small GRPO step unplanned and planned, and show what the plan saves."""
+    importlib.import_module("memplan.demo").run(inner=arguments.inner, out=arguments.output)
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Plan a train step without running it; exits 3 when it does not fit.
+
+    FILE.py:make_step names a function without arguments that returns (step, batch).
+    """
+    given = {name: getattr(arguments, name) for name in ("budget", "machine", "policy")}
+    options = Options.read(given, os.environ)
+    step, batch = _make_step(arguments.target)
+    made: Plan = memplan.plan(step, batch, budget=options.budget, machine=options.machine, policy=options.policy)
+    print(serialize.to_json(made) if arguments.json else made)
+    if arguments.output:
+        report.save(made, arguments.output)
+    return 0 if made.fits else 3
+
+
+def timeline(arguments: argparse.Namespace) -> int:
+    """Print a saved plan or timeline, and convert it with -o."""
+    value = _load(arguments.path)
+    print(report.table(value) if isinstance(value, Plan) else report.summary(value))
+    if arguments.output:
+        report.save(value, arguments.output)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare two saved plans or timelines at their peaks."""
+    print(report.compare(_load(arguments.a), _load(arguments.b)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+    except DoesNotFit as e:
+        print(f"memplan: {e}", file=sys.stderr)
+        return 3
+    except MemplanError as e:
+        print(f"memplan: {e}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("memplan", description=(memplan.__doc__ or "").split("\n")[0])
+    parser.add_argument("--version", action="version", version=memplan.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        text = inspect.getdoc(command) or ""
+        out = commands.add_parser(command.__name__, help=text.split("\n")[0], description=text)
+        out.set_defaults(command=command)
+        return out
+
+    command = add(demo)
+    command.add_argument("--inner", choices=("eager", "inductor"), default="eager", help="what runs the graphs")
+    command.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path(), help="folder for what it writes")
+
+    command = add(plan)
+    command.add_argument("target", metavar="FILE.py:make_step")
+    command.add_argument("--budget", help='"24GB" or "50%%"; default MEMPLAN_BUDGET, else the whole device')
+    command.add_argument("--machine", help="a name of the device table, such as rtx4090; default this one")
+    command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
+    command.add_argument("--json", action="store_true", help="print the plan as JSON")
+    command.add_argument("-o", "--output", metavar="PATH", help="also save it, as .json or .png")
+
+    command = add(timeline)
+    command.add_argument("path", metavar="PATH")
+    command.add_argument("-o", "--output", metavar="PATH", help="also save it, as .json or .png")
+
+    command = add(compare)
+    command.add_argument("a", metavar="A")
+    command.add_argument("b", metavar="B")
+    return parser
+
+
+def _make_step(target: str) -> tuple[Any, Any]:
+    """Import the file as `python FILE.py` would, and call its function."""
+    name, _, function = target.rpartition(":")
+    path = Path(name)
+    if not (name and function):
+        raise MemplanError(f"{target!r} names no function; did you mean {target.strip(':') + ':make_step'!r}?")
+    if path.suffix != ".py" or not path.is_file():
+        raise MemplanError(f"{name!r} is not a Python file that exists")
+    spec = importlib.util.spec_from_file_location("__memplan_step__", path)
+    assert spec is not None and spec.loader is not None  # by the suffix
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if not callable(make):
+        raise MemplanError(f"{name!r} has no function {function!r}")
+    made = make()
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise MemplanError(f"{target!r} returned a {type(made).__name__}: return the pair (step, batch)")
+    return made
+
+
+def _load(path: str) -> Plan | Timeline:
+    """A saved Plan or Timeline, whichever the file holds."""
+    try:
+        return serialize.load(path, Plan)
+    except MemplanError as e:
+        if "holds a Timeline" not in str(e):
+            raise
+    return serialize.load(path, Timeline)

@@ -1,0 +1,141 @@
+"""Options: everything a person can ask of one compile, read once and refused early.
+
+In: the mapping given to torch.compile(options=...) and the environment. Out: a frozen Options.
+A budget stays as written until the machine is known; read_budget then makes it a Budget in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from memplan.errors import MemplanError, did_you_mean
+from memplan.ir import Budget, Machine
+from memplan.machines import machine
+from memplan.units import human
+from memplan.units import parse_bytes as parse_bytes
+
+# Held back on CUDA because the caching allocator cannot use every hole it makes.
+# An assumption, to be replaced by a measured value: reserved minus allocated bytes at the peak of a planned step.
+FRAGMENTATION_RESERVE = 0.02
+
+_ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
+_NOT_BUILT = ("host_budget", "limits", "optimizer", "tiles")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one compile was asked to do.
+
+    `budget`: "24GB", "50%", a fraction as a float, bytes as an int; None: the whole device.
+    `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
+    `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
+    `out`: the folder in which the backend writes its plans.
+    """
+
+    budget: str | int | float | None = None
+    policy: Any = "greedy"
+    machine: Machine | None = None
+    inner: Literal["inductor", "eager"] = "inductor"
+    inductor: tuple[tuple[str, Any], ...] = ()
+    out: str | None = None
+
+    @staticmethod
+    def read(given: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Options:
+        """Options as given; what is not given comes from MEMPLAN_BUDGET, MEMPLAN_POLICY and MEMPLAN_OUT."""
+        given = given or {}
+        known = [f.name for f in fields(Options)]
+        for name in given:
+            if name in _NOT_BUILT:
+                raise MemplanError(f"option {name!r} is not built yet; leave it out (there are {', '.join(known)})")
+            if name not in known:
+                raise MemplanError(f"no option {name!r}: there are {', '.join(known)}{did_you_mean(str(name), known)}")
+        from_environment = {name: environ[key] for name, key in _ENVIRONMENT.items() if environ.get(key)}
+        values = from_environment | {name: value for name, value in given.items() if value is not None}
+        if "budget" in values:
+            _amount(values["budget"])
+        if "machine" in values:
+            values["machine"] = machine(values["machine"])
+        policy = values.get("policy", "greedy")
+        if not (isinstance(policy, str) or callable(policy)):
+            raise MemplanError(
+                f"option 'policy' is {policy!r}: give a policy's name, or an object called with (step, budget, machine)"
+            )
+        inner = values.get("inner", "inductor")
+        if inner not in ("inductor", "eager"):
+            raise MemplanError(f"option 'inner' is {inner!r}: it is 'inductor' or 'eager'")
+        inductor = values.get("inductor", {})
+        if not isinstance(inductor, Mapping):
+            raise MemplanError(f"option 'inductor' is {inductor!r}: give a dict of torch._inductor.config's names")
+        if inductor and inner == "eager":
+            raise MemplanError("option 'inductor' has no effect with inner='eager'; leave one of them out")
+        if "out" in values:
+            if not isinstance(values["out"], (str, Path)):
+                raise MemplanError(f"option 'out' is {values['out']!r}: give the path of a folder")
+            values["out"] = str(values["out"])
+        return Options(**values | {"inductor": tuple(inductor.items())})
+
+
+def read_budget(value: str | int | float | None, machine: Machine, device_total: int | None = None) -> Budget:
+    """The budget in bytes: "24GB", "50%" or 0.5 of the device, an int of bytes; None is the whole device.
+
+    `device_total`: the device's memory where it is known better than the machine's table entry.
+    What is larger than the device is clamped, and the note says so.
+    """
+    total = machine.memory_bytes if device_total is None else device_total
+    note = ""
+    if value is None:
+        size, note = total, "the whole device"
+    else:
+        amount = _amount(value)
+        size = amount if isinstance(amount, int) else int(amount * total)
+        if size > total:
+            size, note = total, f"clamped from {human(size)} to the device's {human(total)}"
+    if machine.device == "cpu":  # counted in the allocator's own bytes, so nothing else is in the way
+        return Budget(size, note=note)
+    return Budget(size, machine.context_bytes, int(FRAGMENTATION_RESERVE * size), note)
+
+
+def _amount(value: object) -> int | float:
+    """Bytes as an int, or a fraction of the device in (0, 1] as a float."""
+    if isinstance(value, float):
+        return _fraction(value)
+    if isinstance(value, str):
+        text = value.strip()
+        if text.endswith("%"):
+            return _percent(text)
+        if _is_fraction(text):
+            raise MemplanError(f'budget {value!r} has no unit; did you mean "{100 * float(text):g}%" of the device?')
+    elif not isinstance(value, int) or isinstance(value, bool):
+        raise MemplanError(f'budget {value!r} is not an amount of memory: use "24GB", "50%", 0.5 or an int of bytes')
+    try:
+        return parse_bytes(value)
+    except MemplanError as e:
+        raise MemplanError(f"budget {e}") from None
+
+
+def _fraction(value: float) -> float:
+    if 0 < value <= 1:
+        return value
+    guess = f'; did you mean "{value:g}GB"?' if 1 < value < math.inf else ""
+    raise MemplanError(f"budget {value!r}: a float is a fraction of the device's memory, above 0 and at most 1{guess}")
+
+
+def _percent(text: str) -> float:
+    try:
+        percent = float(text[:-1])
+    except ValueError:
+        percent = math.nan
+    if not 0 < percent <= 100:
+        raise MemplanError(f'budget {text!r}: a percentage of the device is above 0 and at most 100, like "50%"')
+    return percent / 100
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False

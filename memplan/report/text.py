@@ -1,0 +1,122 @@
+"""Plans and timelines as plain text, for terminals and logs: never a colour code, always 120 columns."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from memplan.ir import KINDS, Block, Kind, Op, Plan, Timeline
+from memplan.units import human
+
+WIDTH = 120
+ROWS = 24  # groups of storages that a table shows; the rest are counted in one line
+LARGEST = 5  # blocks named at the peak
+
+
+def table(plan: Plan) -> str:
+    """The decisions, equal layers folded, then the peak, the budget, the notes, and whether it fits."""
+    return "\n".join([_decisions(plan), *_peak(plan.timeline), _budget(plan), *_notes(plan), _verdict(plan)])
+
+
+def summary(timeline: Timeline) -> str:
+    """Where the bytes of a timeline are at its peak."""
+    head = f"{timeline.title}: {timeline.origin}, {len(timeline.moments)} moments, {len(timeline.blocks)} blocks"
+    return "\n".join([head, *_peak(timeline), *(f"note: {note}" for note in timeline.notes)])
+
+
+def at_peak(timeline: Timeline) -> dict[Kind, int]:
+    """Bytes by kind at the peak, base included; kinds without any are left out."""
+    total = defaultdict(int, timeline.base)
+    for block in timeline.alive():
+        total[block.kind] += block.bytes
+    return {kind: total[kind] for kind in KINDS if total[kind]}
+
+
+def block_line(block: Block) -> str:
+    """A block in one line: its bytes, what it is, and the user's line."""
+    what = [block.name, block.kind, shape_dtype(block.shape, block.dtype), block.decision, block.layer, block.source]
+    return f"{human(block.bytes):>10}  " + "  ".join(part for part in what if part)
+
+
+def shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
+    """[2, 4096] float32"""
+    return f"[{', '.join(map(str, shape))}] {dtype}" if shape or dtype else ""
+
+
+def _decisions(plan: Plan) -> str:
+    step = plan.step
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for t, decision in plan.decisions:
+        tensor = step.tensors[t]
+        target = step.producer[t][1].target if t in step.producer else ""
+        layer = re.sub(r"(?<![^.])\d+(?![^.])", "*", tensor.layer)
+        what = shape_dtype(tensor.shape, tensor.dtype)
+        groups[type(decision).__name__.lower(), what, target, layer, tensor.source].append(t)
+
+    def size(members: Iterable[int]) -> int:
+        return sum(step.tensors[t].bytes for t in members)
+
+    rows = sorted(groups.items(), key=lambda group: -size(group[1]))
+    out = Table(box=None, pad_edge=False)
+    for heading in ("decision", "count", "bytes", "recompute ms", "tensor", "op", "layer", "source"):
+        number = heading in ("count", "bytes", "recompute ms")
+        out.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for (verb, what, target, layer, source), members in rows[:ROWS]:
+        ops: dict[int, Op] = dict(step.producer[t] for t in members if t in step.producer)
+        cost = f"{1e3 * sum(map(plan.machine.seconds, ops.values())):.3f}" if ops else ""
+        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, target, layer, source)
+    text = _render(out)
+    hidden = [t for _, members in rows[ROWS:] for t in members]
+    return f"{text}\nand {len(hidden)} more ({human(size(hidden))})" if hidden else text
+
+
+def _render(out: Table) -> str:
+    buffer = io.StringIO()
+    console = Console(
+        file=buffer, width=WIDTH, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False
+    )
+    console.print(out)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def _peak(timeline: Timeline) -> list[str]:
+    where = ""
+    if timeline.moments:
+        moment = timeline.moments[timeline.peak_moment]
+        where = f" at {moment.name}" + (f" in {moment.phase}" if moment.phase else "")
+    kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_peak(timeline).items())
+    lines = [f"peak {human(timeline.peak)}{where}" + (f": {kinds}" if kinds else "")]
+    alive = timeline.alive() if timeline.moments else []
+    lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
+    if rest := alive[LARGEST:]:
+        lines.append(f"  {human(sum(b.bytes for b in rest)):>10}  in {len(rest)} smaller")
+    return lines
+
+
+def _budget(plan: Plan) -> str:
+    budget = plan.budget
+    held = [
+        f"{human(size)} {what}"
+        for size, what in ((budget.fixed_bytes, "context"), (budget.reserve_bytes, "fragmentation reserve"))
+        if size
+    ]
+    left = f" less {' and '.join(held)}: {human(budget.available)} for the step" if held else ""
+    return f"budget {human(budget.bytes)}{left}" + (f" ({budget.note})" if budget.note else "")
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = dict.fromkeys((*plan.step.notes, *plan.notes, *plan.timeline.notes))
+    return [f"note: {note}" for note in notes]
+
+
+def _verdict(plan: Plan) -> str:
+    spare = plan.budget.available - plan.peak
+    fits = f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {human(spare)} to spare"
+    short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
+    time = f"{100 * plan.overhead:+.1f} % time (estimate)"
+    return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}"
