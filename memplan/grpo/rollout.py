@@ -1,0 +1,108 @@
+"""Rollouts: groups of completions sampled by the model itself, scored, and packed into a batch of a fixed shape.
+
+What must hold: for the same weights and seed the batch is the same, and torch's generator is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memplan.errors import MemplanError
+from memplan.grpo.losses import group_advantages
+from memplan.grpo.step import Batch, token_logprobs
+from memplan.grpo.tasks import CharTokenizer, Task
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch for the train step, and what it was made from: one text and one reward [B] per completion."""
+
+    batch: Batch
+    completions: tuple[str, ...]
+    rewards: Tensor
+
+
+def rollout(
+    model: Any,
+    tasks: Sequence[Task],
+    tokenizer: CharTokenizer,
+    *,
+    group_size: int = 8,
+    max_new_tokens: int = 16,
+    length: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Rollout:
+    """Sample `group_size` completions for every task with model.generate (transformers) and score them.
+
+    The batch has B = len(tasks) * group_size rows, a task's completions side by side, padded on the right to
+    T = `length` tokens (default: the longest prompt plus max_new_tokens). It holds no ref_logprobs: they are
+    token_logprobs(reference, batch["input_ids"], temperature) under no_grad.
+
+    Token ids beyond the tokenizer's (a vocabulary padded to a round size) are never sampled. The policy's log-probs
+    do count them, so there the sampler and the policy differ slightly; old and new log-probs do not.
+    """
+    prompts = [tokenizer.encode(task.prompt) for task in tasks]
+    longest = max(map(len, prompts))
+    length = length or longest + max_new_tokens
+    if length < longest + max_new_tokens:
+        raise MemplanError(f"length={length} is too short: {longest} prompt tokens + {max_new_tokens} new ones")
+    device = next(model.parameters()).device
+
+    # generate appends, so here prompts are padded on the left; it derives positions from the mask, and they start
+    # at 0 with the prompt's first token, exactly as in the packed batch below.
+    padded = [[tokenizer.pad] * (longest - len(p)) + p for p in prompts]
+    ids = torch.tensor(padded, device=device).repeat_interleave(group_size, 0)
+    with _evaluation(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        sampled = model.generate(
+            ids,
+            attention_mask=(ids != tokenizer.pad).long(),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,  # the whole distribution: the ratio is against it
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad,
+            eos_token_id=tokenizer.eos,
+            suppress_tokens=[tokenizer.pad, *range(tokenizer.vocab_size, model.config.vocab_size)],
+        )
+    completions = [row[: row.index(tokenizer.eos) + 1] if tokenizer.eos in row else row
+                   for row in sampled[:, longest:].tolist()]  # fmt: skip
+
+    input_ids = torch.full((len(completions), length), tokenizer.pad)
+    mask = torch.zeros(len(completions), length - 1)
+    for row, completion in enumerate(completions):
+        prompt = prompts[row // group_size]
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        mask[row, len(prompt) - 1 : end - 1] = 1
+    texts = tuple(map(tokenizer.decode, completions))
+    rewards = torch.tensor([tasks[row // group_size].reward(text) for row, text in enumerate(texts)])
+    input_ids = input_ids.to(device)
+    with torch.no_grad():  # in the mode the step will run in, so that the first ratio is 1
+        old_logprobs = token_logprobs(model, input_ids, temperature)
+    batch = {
+        "input_ids": input_ids,
+        "completion_mask": mask.to(device),
+        "advantages": group_advantages(rewards, group_size).to(device),
+        "old_logprobs": old_logprobs,
+    }
+    return Rollout(batch, texts, rewards)
+
+
+@contextlib.contextmanager
+def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and back to its own afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
