@@ -7,6 +7,7 @@ the budget. Graphs without a backward are compiled by the inner compiler as they
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def memplan_backend(
     """Compile one graph under memplan. Raises MemplanError, which torch wraps in BackendCompilerFailed."""
     if more:
         raise MemplanError(f"torch.compile was given {sorted(more)}; memplan takes options={{...}} only")
-    read = Options.read(options)
+    read = Options.read(options, os.environ)
     device = "cuda" if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs) else "cpu"
     target = machine(read.machine or device)
     grads: tuple[tuple[Kind, int], ...] = (("gradient", gradient_bytes(example_inputs)),)

@@ -210,8 +210,8 @@ class _Reader:
                     count, _ = found.get(tensor.source, (0, tensor))
                     found[tensor.source] = (count + 1, tensor)
         return [
-            f"a mask {list(m.shape)} of {m.bytes / 2**20:.0f} MiB was built (x{count}) at {source or 'an unknown line'}: "
-            "if it is causal, pass attention_mask=None and let attention use is_causal"
+            f"a mask {list(m.shape)} of {m.bytes / 2**20:.0f} MiB was built (x{count}) at "
+            f"{source or 'an unknown line'}: if it is causal, pass attention_mask=None and let attention use is_causal"
             for source, (count, m) in found.items()
         ]
 

@@ -18,10 +18,15 @@ from torch.utils.flop_counter import flop_registry
 from memplan.ir import Fusion
 from memplan.passes.compat import size_hint
 
-_REDUCTIONS = frozenset(
-    ["sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "var", "var_mean", "std", "std_mean", "argmax", "argmin", "logsumexp", "norm", "cumsum"]
-)
-_TEMPLATES = frozenset(["mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm", "_grouped_mm", "convolution", "convolution_backward"])
+# fmt: off
+_REDUCTIONS = frozenset([
+    "sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "var", "var_mean", "std", "std_mean",
+    "argmax", "argmin", "logsumexp", "norm", "cumsum",
+])
+_TEMPLATES = frozenset([
+    "mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm", "_grouped_mm", "convolution", "convolution_backward",
+])
+# fmt: on
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -6,6 +6,8 @@ gives the Plan to `on_plan`. It is the single place where capture, planning and 
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +37,7 @@ class Partitioner:
     state: tuple[tuple[Kind, int], ...] = ()  # bytes that no op touches, by kind
     measure: bool = True
     title: str = "step"
+    fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(
         self,
@@ -47,14 +50,12 @@ class Partitioner:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         capture.prepare(joint)
         step = self.step(joint, num_fwd_outputs, static_lifetime_input_indices or ())
-        plan = make_plan(step, self.policy, self.budget, self.machine, inner=self.inner)
+        plan = make_plan(step, self.policy, self.budget, self.machine, inner=self.inner, fit=self.fit)
         self.on_plan(plan)
         return split(joint, plan, num_fwd_outputs)
 
     def step(self, joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int]) -> Step:
         """The Step of a prepared joint graph, with torch's saved sets when the policy wants them."""
-        import dataclasses
-
         step = capture.capture(
             joint,
             num_fwd_outputs=num_fwd_outputs,
@@ -71,9 +72,12 @@ class Partitioner:
         return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved)
 
     def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
-        if not self.measure:
-            return {n.name: workspaces.by_rule(n, self.machine) for n in nodes}
-        return workspaces.measure(nodes)
+        calls = [workspaces.call_of(n) for n in nodes]
+        if self.measure:
+            found = workspaces.measure(calls)
+        else:
+            found = [workspaces.by_rule(c, self.machine) for c in calls]
+        return {n.name: b for n, b in zip(nodes, found, strict=True)}
 
 
 def _mutated_inputs() -> frozenset[int]:
@@ -89,8 +93,6 @@ def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _clean(name: str) -> str:
-    import re
-
     name = re.sub(r"_(parameters|modules|buffers)_", ".", name.removeprefix("L_").removeprefix("G_"))
     return name.replace("self_", "").strip("_.")
 

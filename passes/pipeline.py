@@ -103,9 +103,9 @@ def does_not_fit(plan: Plan) -> DoesNotFit:
     ]
     smallest = best.peak + fixed
     return DoesNotFit(
-        f"the step does not fit {budget.bytes / 1e9:.3f} GB: policy {plan.policy!r} needs {(plan.peak + fixed) / 1e9:.3f}"
-        f" GB, and the best of the built-in policies {smallest / 1e9:.3f} GB; set a budget of at least {smallest} bytes,"
-        " or make the batch smaller\n"
+        f"the step does not fit {budget.bytes / 1e9:.3f} GB: policy {plan.policy!r} needs "
+        f"{(plan.peak + fixed) / 1e9:.3f} GB, and the best of the built-in policies {smallest / 1e9:.3f} GB; "
+        f"set a budget of at least {smallest} bytes, or make the batch smaller\n"
         f"alive at that peak, beyond {step.base_bytes / 2**20:.1f} MiB of parameters and inputs:\n"
         + "\n".join(largest),
         budget=budget.bytes,

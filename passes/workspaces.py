@@ -1,6 +1,6 @@
 """The memory inside ops, measured: each op is run once per shape, stride and dtype.
 
-In: FX nodes with fake values on the CPU. Out: bytes beyond the op's inputs and outputs at its peak.
+In: calls of ops with fake values on the CPU. Out: bytes beyond the op's inputs and outputs at its peak.
 A kernel may cast, copy or pack inside (softmax of a strided input, attention's backward, bfloat16 next to
 float32), and no trace can see it. The generator's state is put back; nothing of what ran is kept.
 On a device that is not this one nothing can be run: the machine's workspace_rules apply instead.
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch._C._autograd import _ProfilerEvent
+from torch._C._profiler import _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -26,72 +26,87 @@ from memplan.passes.compat import size_hint
 _MARK = "memplan::workspace::"
 
 
-def measure(nodes: Sequence[fx.Node]) -> dict[str, int]:
-    """node name -> workspace bytes, for nodes whose op can be run alone; the others are absent."""
-    groups: dict[Any, list[fx.Node]] = {}
-    for node in nodes:
-        if _runnable(node):
-            groups.setdefault(_signature(node), []).append(node)
-    states = torch.get_rng_state()
-    out: dict[str, int] = {}
+class Call(NamedTuple):
+    """One call of an op, with fake tensors among its arguments, and the fake result."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+def call_of(node: fx.Node) -> Call:
+    """The call that an FX node makes."""
+    args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
+    return Call(node.target, args, kwargs, node.meta.get("val"))
+
+
+def measure(calls: Sequence[Call]) -> list[int]:
+    """Workspace bytes of each call; 0 for ops that cannot be run alone on zeros."""
+    groups: dict[Any, list[int]] = {}
+    for i, call in enumerate(calls):
+        if _runnable(call):
+            groups.setdefault(_signature(call), []).append(i)
+    generator = torch.get_rng_state()
     try:
         with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peaks = _peaks([group[0] for group in groups.values()])
+            peaks = _peaks([calls[group[0]] for group in groups.values()])
     finally:
-        torch.set_rng_state(states)
+        torch.set_rng_state(generator)
+    out = [0] * len(calls)
     for group, peak in zip(groups.values(), peaks, strict=True):
-        if peak is not None:
-            outputs = sum(size_hint(t.untyped_storage().nbytes()) for t in costs.tensors(group[0].meta["val"]))
-            out |= {node.name: max(0, peak - outputs) for node in group}
+        results = costs.tensors(calls[group[0]].result)
+        outputs = sum(size_hint(t.untyped_storage().nbytes()) for t in results)
+        for i in group:
+            out[i] = max(0, peak - outputs)
     return out
 
 
-def by_rule(node: fx.Node, machine: Machine) -> int:
+def by_rule(call: Call, machine: Machine) -> int:
     """The machine's table: a multiple of the op's first output."""
-    factor = dict(machine.workspace_rules).get(str(node.target))
-    results = costs.tensors(node.meta.get("val"))
+    factor = dict(machine.workspace_rules).get(str(call.target))
+    results = costs.tensors(call.result)
     return int(factor * costs.nbytes(results[0])) if factor and results else 0
 
 
-def _runnable(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
+def _runnable(call: Call) -> bool:
+    if not isinstance(call.target, torch._ops.OpOverload) or call.target.namespace not in ("aten", "prims"):
         return False
-    inputs = costs.tensors((node.args, node.kwargs))
+    inputs = costs.tensors((call.args, call.kwargs))
     return all(t.device.type == "cpu" and t.layout is torch.strided for t in inputs)
 
 
-def _signature(node: fx.Node) -> Any:
+def _signature(call: Call) -> Any:
     def describe(value: Any) -> Any:
-        value = value.meta.get("val") if isinstance(value, fx.Node) else value
         if isinstance(value, torch.Tensor):
             return (tuple(map(size_hint, value.shape)), tuple(map(size_hint, value.stride())), str(value.dtype))
         return str(size_hint(value)) if isinstance(value, torch.SymInt) else repr(value)
 
-    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-    return (str(node.target), str(spec), tuple(describe(leaf) for leaf in leaves))
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    return (str(call.target), str(spec), tuple(describe(leaf) for leaf in leaves))
 
 
-def _peaks(nodes: Sequence[fx.Node]) -> list[int | None]:
-    """Peak bytes allocated inside each op, outputs included; None where it could not be run."""
+def _peaks(calls: Sequence[Call]) -> list[int]:
+    """Peak bytes allocated inside each op, outputs included; 0 where it could not be run."""
     failed: set[int] = set()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
-        for i, node in enumerate(nodes):
+        for i, call in enumerate(calls):
             try:
-                args, kwargs = pytree.tree_map(_real, (node.args, dict(node.kwargs)))
+                args, kwargs = pytree.tree_map(_real, (call.args, call.kwargs))
                 with record_function(f"{_MARK}{i}"):
-                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                    result = call.target(*args, **kwargs)
                 del args, kwargs, result
             except Exception:  # zeros are not valid input to every op; its workspace then stays unknown
                 failed.add(i)
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
-    peaks: list[int | None] = [None] * len(nodes)
+    peaks = [0] * len(calls)
     stack = list(trace.profiler.kineto_results.experimental_event_tree())
     while stack:
         event = stack.pop()
         if event.name.startswith(_MARK):
             i = int(event.name.removeprefix(_MARK))
-            peaks[i] = None if i in failed else _peak_inside(event)
+            peaks[i] = 0 if i in failed else _peak_inside(event)
         else:
             stack.extend(event.children)
     return peaks
@@ -114,7 +129,6 @@ def _peak_inside(event: _ProfilerEvent) -> int:
 
 def _real(value: Any) -> Any:
     """Zeros in the place of a fake value: a valid index, and a valid number."""
-    value = value.meta.get("val") if isinstance(value, fx.Node) else value
     if isinstance(value, torch.SymInt):
         return size_hint(value)
     if not isinstance(value, torch.Tensor):

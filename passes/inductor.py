@@ -1,0 +1,136 @@
+"""Compile with Inductor inside the budget: plan, generate code, read what it allocates, plan again if it is over.
+
+In: a Dynamo graph and a Partitioner. Out: Inductor's callable, whose generated code was seen to fit.
+Before any of it runs, forward and backward are generated and run on ghosts (wrapper.py), so the reported
+timeline is that of the code itself. Where it is over the budget the plan is made again for a budget scaled
+by the ratio of what was wanted to what was generated, at most ROUNDS times.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.graph import GraphLowering
+
+from memplan.errors import MemplanError
+from memplan.ir import Block, Budget, Kind, Moment, Plan, Timeline
+from memplan.passes import workspaces
+from memplan.passes.partition import Partitioner
+from memplan.passes.pipeline import does_not_fit
+from memplan.passes.wrapper import Tape, ghost, run_wrapper
+
+ROUNDS = 4
+MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
+
+
+class _Recorded(CustomPartitionerFn):
+    """The partitioner as Inductor wants it; keeps the plan and the inputs that each generated half will get."""
+
+    def __init__(self, partitioner: Partitioner) -> None:
+        self.plans: list[Plan] = []
+        self.partitioner = dataclasses.replace(partitioner, on_plan=self.plans.append, fit=False)
+        self.inputs: list[list[Any]] = []
+        self.num_fwd_outputs = 0
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        halves = self.partitioner(gm, joint_inputs, **kwargs)
+        self.num_fwd_outputs = kwargs["num_fwd_outputs"]
+        self.inputs = [[n.meta.get("val") for n in h.graph.find_nodes(op="placeholder")] for h in halves]
+        return halves
+
+    def uuid(self) -> None:
+        """No caching of generated code: a warm cache would skip the plan and its verification."""
+        return None
+
+
+def compile_inductor(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner, config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's callable for the graph. Raises DoesNotFit when no plan's generated code is inside the budget."""
+    budget, wanted = partitioner.budget, partitioner.budget.available
+    best: Plan | None = None
+    for attempt in range(1, ROUNDS + 1):
+        last = attempt == ROUNDS
+        target = Budget(0 if last else wanted)
+        compiled, plan, predicted = _compile(graph, example_inputs, dataclasses.replace(partitioner, budget=target), config)
+        if plan is None:  # nothing to plan: a graph without a backward
+            return compiled
+        note = f"planned {attempt} times until the generated code fitted" if attempt > 1 else ""
+        plan = dataclasses.replace(plan, budget=budget, notes=(*plan.notes, note) if note else plan.notes)
+        if plan.fits:
+            partitioner.on_plan(plan)
+            return compiled
+        best = plan if best is None or plan.peak < best.peak else best
+        base = plan.step.base_bytes
+        wanted = base + int((predicted - base) * (budget.available - base) / max(1, plan.peak - base) * MARGIN)
+    assert best is not None
+    raise does_not_fit(best)
+
+
+def _compile(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner, config: dict[str, Any]
+) -> tuple[Callable[..., Any], Plan | None, int]:
+    """The callable, its plan with the generated code's timeline, and the peak that was predicted before."""
+    recorded, sources = _Recorded(partitioner), list[str]()
+    patches = config | {"custom_partitioner_fn": recorded}
+    with (
+        mock.patch.object(GraphLowering, "save_output_code", sources.append),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        try:
+            compiled = compile_fx(copy.deepcopy(graph), list(example_inputs), config_patches=patches)
+        except torch._inductor.exc.InvalidCxxCompiler as e:
+            raise MemplanError(
+                "inner='inductor' generates C++ on the CPU, and no C++ compiler was found: install g++ or clang++, "
+                "or pass inner='eager'"
+            ) from e
+    if not recorded.plans:
+        return compiled, None, 0
+    plan = recorded.plans[-1]
+    return compiled, dataclasses.replace(plan, timeline=_generated(plan, recorded, sources)), plan.peak
+
+
+def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str]) -> Timeline:
+    """The timeline of the generated forward and backward, one after the other."""
+    tape = Tape()
+    forward_inputs, backward_inputs = recorded.inputs
+    results = run_wrapper(sources[0], tape, [ghost(tape, v, None) for v in forward_inputs])
+    split = tape.tick()
+    outputs, saved = results[: recorded.num_fwd_outputs], results[recorded.num_fwd_outputs :]
+    symbols = [s for s in saved if not hasattr(s, "buffer")]
+    args = symbols + [s for s in saved if hasattr(s, "buffer")]
+    args += [ghost(tape, v, "tangent") for v in backward_inputs[len(args) :]]
+    del results, saved
+    gradients = run_wrapper(sources[1], tape, args)
+    end = tape.tick()
+    kept = {g.buffer.id for g in gradients if getattr(g, "buffer", None)}
+    timeline = _timeline(plan, tape, split, end, kept)
+    del outputs, gradients
+    return timeline
+
+
+def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int]) -> Timeline:
+    blocks = []
+    for i, (start, size, name) in enumerate(tape.allocated):
+        stop = tape.freed.get(i, end)
+        kind: Kind = "gradient" if i in gradients else "activation" if start < split < stop else "temporary"
+        blocks.append(Block(name, size, kind, start, min(stop, end), "keep" if start < split < stop else ""))
+    inside = workspaces.measure([call for _, call in tape.calls])
+    for (at, call), size in zip(tape.calls, inside, strict=True):
+        if size:
+            blocks.append(Block(f"{call.target} workspace", size, "temporary", at, at + 1))
+    moments = tuple(
+        Moment(f"event {i}", plan.timeline.seconds * i / end, "forward" if i < split else "backward")
+        for i in range(end)
+    )
+    return dataclasses.replace(plan.timeline, moments=moments, blocks=tuple(blocks))

@@ -1,0 +1,170 @@
+"""What Inductor's generated code will allocate: run it on ghosts, before it runs on memory.
+
+In: the source of a generated wrapper and fake arguments. Out: a tape of allocations and frees, in order.
+The wrapper is Python: it allocates buffers, calls kernels, deletes names. Here the allocators hand out ghosts
+(a fake tensor and a reference-counted buffer that notes its own end), the kernels do nothing, and ops that
+allocate their own results run on fake tensors. So frees are Python's own, exactly as in the real run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses import FakeTensorMode
+
+from memplan.passes.compat import size_hint
+from memplan.passes.workspaces import Call
+
+
+@dataclass
+class Tape:
+    """Allocations as (time, bytes, name), the time each was freed, and calls whose workspace is still unknown."""
+
+    clock: int = 0
+    allocated: list[tuple[int, int, str]] = field(default_factory=list)
+    freed: dict[int, int] = field(default_factory=dict)
+    calls: list[tuple[int, Call]] = field(default_factory=list)
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    def tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+
+class _Buffer:
+    """A storage on the tape, freed when Python drops the last ghost that shows it."""
+
+    def __init__(self, tape: Tape, size: int, name: str) -> None:
+        self.tape, self.id = tape, len(tape.allocated)
+        tape.allocated.append((tape.tick(), size, name))
+
+    def __del__(self) -> None:
+        self.tape.freed[self.id] = self.tape.tick()
+
+
+class Ghost:
+    """A tensor of the wrapper: a fake value, and the buffer behind it (None: memory that is not the step's)."""
+
+    def __init__(self, value: torch.Tensor, buffer: _Buffer | None, tape: Tape) -> None:
+        self.value, self.buffer, self.tape = value, buffer, tape
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ghosts = [g for g in pytree.tree_leaves((args, kwargs or {})) if isinstance(g, Ghost)]
+        return _run_op(ghosts[0].tape, function, args, kwargs or {}, ghosts)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.value, name)
+        if not callable(attribute):
+            return attribute
+        return lambda *args, **kwargs: _run_op(
+            self.tape, getattr(torch.Tensor, name), (self, *args), kwargs, [self]
+        )
+
+
+def ghost(tape: Tape, value: Any, name: str | None) -> Any:
+    """A ghost in the place of a fake argument; with a name it is counted, without one it is somebody else's."""
+    if not isinstance(value, torch.Tensor):
+        return size_hint(value) if isinstance(value, torch.SymInt) else value
+    shape, stride = map(size_hint, value.shape), map(size_hint, value.stride())
+    with tape.mode:
+        fake = torch.empty_strided(tuple(shape), tuple(stride), dtype=value.dtype, device=value.device)
+    buffer = _Buffer(tape, fake.untyped_storage().nbytes(), name) if name else None
+    return Ghost(fake, buffer, tape)
+
+
+def run_wrapper(source: str, tape: Tape, args: list[Any]) -> list[Any]:
+    """Run the wrapper's `call` on ghosts; `args` is emptied, as in the real run. Returns its results."""
+    body = source[source.index("class Runner") :] if "class Runner" in source else source[source.index("def call(") :]
+    namespace: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "inductor_ops": torch.ops.inductor}
+    namespace |= {"math": __import__("math"), "inf": float("inf"), "nan": float("nan"), "device": torch.device}
+    namespace |= _stubs(source, tape)
+    exec(compile(_until_helpers(body), _FILE, "exec"), namespace)
+    tape_lines = _until_helpers(body).splitlines()
+    tape_names = {i + 1: m[1] for i, line in enumerate(tape_lines) if (m := re.match(r"\s*(\w+) = ", line))}
+    namespace["_memplan_names"].update(tape_names)
+    return list(namespace["call"](args))
+
+
+_FILE = "<generated wrapper>"
+
+
+def _until_helpers(body: str) -> str:
+    """The code without the benchmark helpers at its end, which name things the stubs do not have."""
+    ends = [body.find(mark) for mark in ("\ndef get_args(", "\ndef benchmark_compiled_module(")]
+    return body[: min([e for e in ends if e >= 0], default=len(body))]
+
+
+def _stubs(source: str, tape: Tape) -> dict[str, Any]:
+    names: dict[int, str] = {}
+
+    def allocate(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Ghost:
+        line = sys._getframe(1).f_lineno
+        with tape.mode:
+            value = torch.empty_strided(size, stride, dtype=dtype)
+        return Ghost(value, _Buffer(tape, value.untyped_storage().nbytes(), names.get(line, "buffer")), tape)
+
+    def reinterpret(of: Ghost, size: Sequence[int], stride: Sequence[int], offset: int) -> Ghost:
+        with tape.mode:
+            return Ghost(torch.empty_strided(size, stride, dtype=of.value.dtype), of.buffer, tape)
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    kernel = types.SimpleNamespace(run=nothing)
+    kernels: dict[str, Any] = {
+        name: nothing if "cpp" in how else kernel
+        for name, how in re.findall(r"^(\w+) = async_compile\.(\w+)\(", source, flags=re.MULTILINE)
+    }
+    allocators = dict.fromkeys(("empty_strided_cpu", "empty_strided_cuda", "empty_strided_cpu_pinned"), allocate)
+    return kernels | allocators | {
+        "reinterpret_tensor": reinterpret,
+        "assert_size_stride": nothing,
+        "assert_alignment": nothing,
+        "get_raw_stream": nothing,
+        "run_intermediate_hooks": nothing,
+        "extern_kernels": _ExternKernels(tape),
+        "_memplan_names": names,
+    }
+
+
+class _ExternKernels:
+    """Library kernels: those given `out` allocate nothing, the others are ops that make their own result."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "out" in kwargs:
+                return kwargs["out"]
+            function = getattr(torch.ops.aten, name)
+            ghosts = [g for g in pytree.tree_leaves((args, kwargs)) if isinstance(g, Ghost)]
+            return _run_op(self.tape, function, args, kwargs, ghosts)
+
+        return call
+
+
+def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[Ghost]) -> Any:
+    """Run an op on the fake values; each new storage among its results is a new buffer."""
+    args, kwargs = pytree.tree_map_only(Ghost, lambda g: g.value, (args, kwargs))
+    with tape.mode:
+        result = function(*args, **kwargs)
+    if isinstance(function, torch._ops.OpOverload):
+        tape.calls.append((tape.tick(), Call(function, args, kwargs, result)))
+    known = {g.value.untyped_storage()._cdata: g.buffer for g in ghosts}
+
+    def wrap(value: torch.Tensor) -> Ghost:
+        storage = value.untyped_storage()
+        if storage._cdata not in known:
+            known[storage._cdata] = _Buffer(tape, storage.nbytes(), str(function))
+        return Ghost(value, known[storage._cdata], tape)
+
+    return pytree.tree_map_only(torch.Tensor, wrap, result)
