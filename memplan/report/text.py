@@ -15,6 +15,7 @@ from memplan.units import human
 
 WIDTH = 120
 ROWS = 24  # groups of storages that a table shows; the rest are counted in one line
+NAME = 22  # characters of an op or a layer in the table, so that source lines have room
 LARGEST = 5  # blocks named at the peak
 
 
@@ -63,16 +64,23 @@ def _decisions(plan: Plan) -> str:
 
     rows = sorted(groups.items(), key=lambda group: -size(group[1]))
     out = Table(box=None, pad_edge=False)
-    for heading in ("decision", "count", "bytes", "recompute ms", "tensor", "op", "layer", "source"):
-        number = heading in ("count", "bytes", "recompute ms")
-        out.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for heading in ("decision", "count", "bytes", "recompute\nms"):
+        out.add_column(heading, justify="left" if heading == "decision" else "right", no_wrap=True)
+    for heading in ("tensor", "op", "layer", "source"):
+        out.add_column(heading, overflow="fold")
     for (verb, what, target, layer, source), members in rows[:ROWS]:
         ops: dict[int, Op] = dict(step.producer[t] for t in members if t in step.producer)
         cost = f"{1e3 * sum(map(plan.machine.seconds, ops.values())):.3f}" if ops else ""
-        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, target, layer, source)
+        op = target.removeprefix("aten.").removesuffix(".default")
+        where = (_shorten(op), _shorten(layer[::-1])[::-1], source)  # a layer's last part says most
+        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, *where)
     text = _render(out)
     hidden = [t for _, members in rows[ROWS:] for t in members]
     return f"{text}\nand {len(hidden)} more ({human(size(hidden))})" if hidden else text
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= NAME else name[: NAME - 2] + ".."
 
 
 def _render(out: Table) -> str:
