@@ -28,7 +28,7 @@ def test_equal_layers_fold(plan_of: Callable[..., Plan]) -> None:
     assert len(few.splitlines()) <= len(many.splitlines()) <= len(few.splitlines()) + 1
     row = next(line for line in many.splitlines() if " tanh " in line)
     total = human(32 * 4 * 64 * 256)
-    for part in ("keep", "x32", total, "[64, 256] float32", "model.layers.*", "toy.py:8 in f"):
+    for part in ("keep", "x32", total, "f32[64, 256]", "model.layers.*", "toy.py:8 in f"):
         assert part in row
 
 
