@@ -15,7 +15,7 @@ from memplan.units import human
 
 WIDTH = 120
 ROWS = 24  # groups of storages that a table shows; the rest are counted in one line
-NAME = 16  # characters of an op or a layer in the table, so that source lines have room
+NAME, SOURCE = 16, 24  # characters of an op or a layer, and of a source, for which a table has room
 LARGEST = 5  # blocks named at the peak
 
 _SHORT = {
@@ -84,7 +84,9 @@ def _decisions(plan: Plan) -> str:
         ops: dict[int, Op] = dict(step.producer[t] for t in members if t in step.producer)
         cost = f"{1e3 * sum(map(plan.machine.seconds, ops.values())):.3f}" if ops else ""
         op = target.removeprefix("aten.").removesuffix(".default")
-        where = (_shorten(op), _shorten(layer[::-1])[::-1], source.rpartition("/")[2])  # a layer's end says most
+        # A layer's end says most, and of a long source the file and line.
+        line = source if len(source) <= SOURCE else source.rpartition("/")[2].partition(" in ")[0]
+        where = (_shorten(op), _shorten(layer[::-1])[::-1], line)
         out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, *where)
     text = _render(out)
     hidden = [t for _, members in rows[ROWS:] for t in members]
