@@ -61,12 +61,14 @@ def test_plan_as_json(script: str, calls: Calls, plan: Plan, capsys: pytest.Capt
     assert from_json(capsys.readouterr().out, Plan) == plan
 
 
-def test_plan_reads_the_environment(script: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_reads_the_environment(script: str, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMPLAN_BUDGET", "12GB")
     monkeypatch.setenv("MEMPLAN_POLICY", "save_all")
+    monkeypatch.setenv("MEMPLAN_OUT", str(tmp_path / "plan.png"))
     assert main(["plan", f"{script}:make_step"]) == 0
     assert main(["plan", f"{script}:make_step", "--budget", "24GB"]) == 0
     assert [(c["budget"], c["policy"]) for c in calls] == [("12GB", "save_all"), ("24GB", "save_all")]
+    assert (tmp_path / "plan.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,15 @@ def test_available_grows_with_the_budget(a: int, b: int) -> None:
     assert read_budget(low, GPU).available <= read_budget(high, GPU).available
 
 
-def test_what_is_given_comes_before_the_environment() -> None:
-    environ = {"MEMPLAN_BUDGET": "12GB", "MEMPLAN_POLICY": "save_all", "MEMPLAN_OUT": "out"}
+def test_what_is_given_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"MEMPLAN_BUDGET": "12GB", "MEMPLAN_POLICY": "save_all", "MEMPLAN_OUT": "plan.png"}
     assert Options.read(None, {}) == Options()
-    assert Options.read({}, environ) == Options("12GB", "save_all", out="out")
-    assert Options.read({"budget": "24GB"}, environ) == Options("24GB", "save_all", out="out")
+    assert Options.read({}, environ) == Options("12GB", "save_all", out="plan.png")
+    assert Options.read({"budget": "24GB"}, environ) == Options("24GB", "save_all", out="plan.png")
     assert Options.read({"budget": None}, environ).budget == "12GB"
     assert Options.read({}, {"MEMPLAN_BUDGET": ""}).budget is None
+    monkeypatch.setenv("MEMPLAN_BUDGET", "7GB")
+    assert Options.read({}).budget == "7GB"
 
 
 def test_options_are_frozen_and_hashable() -> None:
@@ -144,7 +146,7 @@ def test_options_are_frozen_and_hashable() -> None:
         ({"inner": "aot_eager"}, "'inductor' or 'eager'"),
         ({"inductor": "max_autotune"}, "give a dict"),
         ({"inner": "eager", "inductor": {"max_autotune": True}}, "no effect"),
-        ({"out": 3}, "path of a folder"),
+        ({"out": 3}, "path of a"),
     ],
 )
 def test_bad_options(given: dict[Any, Any], says: str) -> None:
