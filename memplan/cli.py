@@ -9,7 +9,6 @@ import argparse
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from memplan.options import Options
 
 def demo(arguments: argparse.Namespace) -> int:
     """Train a small GRPO step unplanned and planned, and show what the plan saves."""
-    importlib.import_module("memplan.demo").run(inner=arguments.inner, out=arguments.output)
+    importlib.import_module("memplan.demo").run(inner=arguments.inner, out=arguments.out)
     return 0
 
 
@@ -33,13 +32,12 @@ def plan(arguments: argparse.Namespace) -> int:
 
     FILE.py:make_step names a function without arguments that returns (step, batch).
     """
-    given = {name: getattr(arguments, name) for name in ("budget", "machine", "policy")}
-    options = Options.read(given, os.environ)
+    options = Options.read({name: getattr(arguments, name) for name in ("budget", "machine", "policy", "out")})
     step, batch = _make_step(arguments.target)
     made: Plan = memplan.plan(step, batch, budget=options.budget, machine=options.machine, policy=options.policy)
     print(serialize.to_json(made) if arguments.json else made)
-    if arguments.output:
-        report.save(made, arguments.output)
+    if options.out:
+        report.save(made, options.out)
     return 0 if made.fits else 3
 
 
@@ -47,8 +45,8 @@ def timeline(arguments: argparse.Namespace) -> int:
     """Print a saved plan or timeline, and convert it with -o."""
     value = _load(arguments.path)
     print(report.table(value) if isinstance(value, Plan) else report.summary(value))
-    if arguments.output:
-        report.save(value, arguments.output)
+    if arguments.out:
+        report.save(value, arguments.out)
     return 0
 
 
@@ -85,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(demo)
     command.add_argument("--inner", choices=("eager", "inductor"), default="eager", help="what runs the graphs")
-    command.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path(), help="folder for what it writes")
+    command.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path(), help="folder for what it writes")
 
     command = add(plan)
     command.add_argument("target", metavar="FILE.py:make_step")
@@ -93,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--machine", help="a name of the device table, such as rtx4090; default this one")
     command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
-    command.add_argument("-o", "--output", metavar="PATH", help="also save it, as .json or .png")
+    command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
 
     command = add(timeline)
     command.add_argument("path", metavar="PATH")
-    command.add_argument("-o", "--output", metavar="PATH", help="also save it, as .json or .png")
+    command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
 
     command = add(compare)
     command.add_argument("a", metavar="A")

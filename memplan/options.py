@@ -7,6 +7,7 @@ A budget stays as written until the machine is known; read_budget then makes it 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,7 +34,7 @@ class Options:
     `budget`: "24GB", "50%", a fraction as a float, bytes as an int; None: the whole device.
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
-    `out`: the folder in which the backend writes its plans.
+    `out`: the file to which the plan is saved, .json or .png.
     """
 
     budget: str | int | float | None = None
@@ -44,9 +45,10 @@ class Options:
     out: str | None = None
 
     @staticmethod
-    def read(given: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Options:
+    def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
         """Options as given; what is not given comes from MEMPLAN_BUDGET, MEMPLAN_POLICY and MEMPLAN_OUT."""
         given = given or {}
+        environ = os.environ if environ is None else environ
         known = [f.name for f in fields(Options)]
         for name in given:
             if name in _NOT_BUILT:
@@ -74,7 +76,7 @@ class Options:
             raise MemplanError("option 'inductor' has no effect with inner='eager'; leave one of them out")
         if "out" in values:
             if not isinstance(values["out"], (str, Path)):
-                raise MemplanError(f"option 'out' is {values['out']!r}: give the path of a folder")
+                raise MemplanError(f"option 'out' is {values['out']!r}: give the path of a .json or .png file")
             values["out"] = str(values["out"])
         return Options(**values | {"inductor": tuple(inductor.items())})
 

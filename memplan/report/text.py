@@ -15,7 +15,20 @@ from memplan.units import human
 
 WIDTH = 120
 ROWS = 24  # groups of storages that a table shows; the rest are counted in one line
+NAME, SOURCE = 16, 24  # characters of an op or a layer, and of a source, for which a table has room
 LARGEST = 5  # blocks named at the peak
+
+_SHORT = {
+    "float64": "f64",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+    "uint8": "u8",
+    "bool": "b8",
+}
 
 
 def table(plan: Plan) -> str:
@@ -44,8 +57,8 @@ def block_line(block: Block) -> str:
 
 
 def shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
-    """[2, 4096] float32"""
-    return f"[{', '.join(map(str, shape))}] {dtype}" if shape or dtype else ""
+    """bf16[2, 4096], as torch prints graphs."""
+    return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, shape))}]" if shape or dtype else ""
 
 
 def _decisions(plan: Plan) -> str:
@@ -63,16 +76,25 @@ def _decisions(plan: Plan) -> str:
 
     rows = sorted(groups.items(), key=lambda group: -size(group[1]))
     out = Table(box=None, pad_edge=False)
-    for heading in ("decision", "count", "bytes", "recompute ms", "tensor", "op", "layer", "source"):
-        number = heading in ("count", "bytes", "recompute ms")
-        out.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for heading in ("decision", "count", "bytes", "recompute\nms", "tensor", "op", "layer"):
+        number = heading in ("count", "bytes", "recompute\nms")
+        out.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    out.add_column("source", overflow="fold")  # the one column that may take a second line
     for (verb, what, target, layer, source), members in rows[:ROWS]:
         ops: dict[int, Op] = dict(step.producer[t] for t in members if t in step.producer)
         cost = f"{1e3 * sum(map(plan.machine.seconds, ops.values())):.3f}" if ops else ""
-        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, target, layer, source)
+        op = target.removeprefix("aten.").removesuffix(".default")
+        # A layer's end says most, and of a long source the file and line.
+        line = source if len(source) <= SOURCE else source.rpartition("/")[2].partition(" in ")[0]
+        where = (_shorten(op), _shorten(layer[::-1])[::-1], line)
+        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, *where)
     text = _render(out)
     hidden = [t for _, members in rows[ROWS:] for t in members]
     return f"{text}\nand {len(hidden)} more ({human(size(hidden))})" if hidden else text
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= NAME else name[: NAME - 2] + ".."
 
 
 def _render(out: Table) -> str:

@@ -1,0 +1,166 @@
+"""The command's exit codes and streams; planning itself is replaced, so that no step is traced here."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import memplan
+from memplan.cli import main
+from memplan.errors import DoesNotFit, MemplanError
+from memplan.ir import Budget, Plan, Timeline
+from memplan.machines import machine
+from memplan.serialize import from_json
+
+Calls = list[dict[str, Any]]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    """A file that needs its neighbour, as `python FILE.py` would find it."""
+    (tmp_path / "neighbour.py").write_text("BATCH = 3\n")
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import neighbour\n"
+        "def make_step():\n    return (lambda batch: batch), neighbour.BATCH\n"
+        "def make_one():\n    return 1\n"
+    )
+    return str(path)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Calls:
+    """What memplan.plan was called with; it returns the plan written by hand, or raises what a test puts there."""
+    seen: Calls = []
+
+    def fake(step: Any, batch: Any, **options: Any) -> Plan:
+        seen.append({"batch": batch, **options})
+        return plan
+
+    for name in ("MEMPLAN_BUDGET", "MEMPLAN_POLICY", "MEMPLAN_OUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(vars(memplan), "plan", fake)  # not setattr, which would first import the real one
+    return seen
+
+
+def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    code = main(["plan", f"{script}:make_step", "--budget", "24GB", "--machine", "RTX4090", "-o", str(out)])
+    assert code == 0
+    assert capsys.readouterr().out == f"{plan}\n"
+    assert calls == [{"batch": 3, "budget": "24GB", "machine": machine("rtx4090"), "policy": "greedy"}]
+    assert Plan.load(out) == plan
+
+
+def test_plan_as_json(script: str, calls: Calls, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{script}:make_step", "--json"]) == 0
+    assert from_json(capsys.readouterr().out, Plan) == plan
+
+
+def test_plan_reads_the_environment(script: str, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPLAN_BUDGET", "12GB")
+    monkeypatch.setenv("MEMPLAN_POLICY", "save_all")
+    monkeypatch.setenv("MEMPLAN_OUT", str(tmp_path / "plan.png"))
+    assert main(["plan", f"{script}:make_step"]) == 0
+    assert main(["plan", f"{script}:make_step", "--budget", "24GB"]) == 0
+    assert [(c["budget"], c["policy"]) for c in calls] == [("12GB", "save_all"), ("24GB", "save_all")]
+    assert (tmp_path / "plan.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DoesNotFit("24.00 GB is too little", budget=1, needed=2, smallest=2), 3), (MemplanError("no such thing"), 2)],
+)
+def test_errors_go_to_stderr(
+    error: MemplanError,
+    code: int,
+    script: str,
+    calls: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> Plan:
+        raise error
+
+    monkeypatch.setattr(memplan, "plan", fail)
+    assert main(["plan", f"{script}:make_step"]) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"memplan: {error}\n")
+
+
+def test_a_plan_that_does_not_fit_gates(script: str, calls: Calls, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = dataclasses.replace(plan, budget=Budget(1))
+    monkeypatch.setattr(memplan, "plan", lambda *_, **__: short)
+    assert main(["plan", f"{script}:make_step"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        ("{}", [], "did you mean"),
+        ("{}:make_stpe", [], "no function 'make_stpe'"),
+        ("{}:make_one", [], "returned a int"),
+        ("absent.py:make_step", [], "not a Python file that exists"),
+        ("{}:make_step", ["--budget", "24"], 'did you mean "24GB"'),
+        ("{}:make_step", ["--machine", "h1000"], "did you mean 'h100'"),
+    ],
+)
+def test_bad_input(
+    target: str, options: list[str], says: str, script: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", target.format(script), *options]) == 2
+    assert says in capsys.readouterr().err
+    assert calls == []
+
+
+def test_timeline_and_compare(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, image = (str(tmp_path / name) for name in ("a.json", "b.json", "b.png"))
+    plan.save(a)
+    plan.timeline.save(b)
+    assert main(["timeline", a]) == 0
+    assert "fits: peak" in capsys.readouterr().out
+    assert main(["timeline", b, "-o", image]) == 0
+    assert capsys.readouterr().out.startswith("toy, planned: predicted, 13 moments")
+    assert Path(image).read_bytes().startswith(b"\x89PNG")
+    assert main(["timeline", a, "-o", str(tmp_path / "c.json")]) == 0
+    assert Plan.load(tmp_path / "c.json") == plan
+    capsys.readouterr()
+    assert main(["compare", a, b]) == 0
+    assert "equal peaks" in capsys.readouterr().out
+
+
+def test_files_that_are_not_timelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    for arguments in (["timeline", str(path)], ["compare", str(path), str(path)], ["timeline", "absent.json"]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("memplan: ")
+
+
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Calls = []
+    fake = ModuleType("memplan.demo")
+    monkeypatch.setattr(fake, "run", lambda **options: seen.append(options), raising=False)
+    monkeypatch.setitem(sys.modules, "memplan.demo", fake)
+    assert main(["demo", "--inner", "inductor", "-o", "results"]) == 0
+    assert seen == [{"inner": "inductor", "out": Path("results")}]
+
+
+def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["plan", "--help"])
+    assert e.value.code == 0
+    assert "exits 3 when it does not fit" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        main([])
+    assert e.value.code == 2
+
+
+def test_loading_a_timeline_keeps_it(timeline: Timeline, tmp_path: Path) -> None:
+    timeline.save(tmp_path / "t.json")
+    assert main(["timeline", str(tmp_path / "t.json"), "-o", str(tmp_path / "u.json")]) == 0
+    assert Timeline.load(tmp_path / "u.json") == timeline

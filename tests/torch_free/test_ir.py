@@ -1,0 +1,208 @@
+"""What is saved is read back equal; what cannot be read whole is refused, and nothing is left half-written."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.errors import MemplanError
+from memplan.ir import (
+    KINDS,
+    Block,
+    Budget,
+    Gap,
+    Graph,
+    Keep,
+    Loop,
+    Machine,
+    Moment,
+    Op,
+    Plan,
+    Polynomial,
+    Recompute,
+    Run,
+    Step,
+    Tensor,
+    Timeline,
+)
+from memplan.serialize import from_json, to_json, write
+
+REAL = st.floats(allow_nan=False, allow_infinity=False)
+KIND = st.sampled_from(KINDS)
+INTEGERS = st.integers(-(2**70), 2**70)
+
+
+def some(values: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(values, max_size=3).map(tuple)
+
+
+def every(kind: type, /, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Values of a dataclass with every field varied: as given here, or by its type."""
+    return st.builds(kind, **{f.name: fields.get(f.name, ...) for f in dataclasses.fields(kind)})
+
+
+INDICES = some(st.integers(0, 9))
+TENSOR = every(
+    Tensor,
+    bytes=INTEGERS,
+    kind=KIND,
+    shape=INDICES,
+    formula=st.none()
+    | every(Polynomial, terms=some(st.tuples(INTEGERS, some(st.tuples(st.text(), st.integers(0, 3)))))),
+)
+
+
+def graphs(body: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    op = every(
+        Op, inputs=INDICES, outputs=INDICES, fusion=st.sampled_from(("pointwise", "reduction", "extern")), body=body
+    )
+    return every(Graph, ops=some(op), inputs=INDICES, outputs=INDICES)
+
+
+LOOP = every(Loop, body=graphs(st.none()), accumulators=INDICES)
+STEP = every(
+    Step,
+    tensors=some(TENSOR),
+    graphs=some(graphs(st.none() | LOOP)),
+    resident=INDICES,
+    resident_bytes=some(st.tuples(KIND, INTEGERS)),
+    gaps=some(every(Gap)),
+    sizes=some(st.tuples(st.text(), INTEGERS)),
+    saved_by=some(st.tuples(st.text(), INDICES)),
+    notes=some(st.text()),
+)
+TIMELINE = every(
+    Timeline,
+    origin=st.sampled_from(("predicted", "measured")),
+    moments=some(every(Moment, seconds=REAL)),
+    blocks=some(every(Block, kind=KIND, shape=INDICES)),
+    base=some(st.tuples(KIND, INTEGERS)),
+    notes=some(st.text()),
+)
+MACHINE = every(
+    Machine,
+    device=st.sampled_from(("cpu", "cuda")),
+    bandwidth=REAL,
+    host_bandwidth=REAL,
+    flops=some(st.tuples(st.text(), REAL)),
+    workspace_rules=some(st.tuples(st.text(), REAL)),
+)
+PLAN = every(
+    Plan,
+    step=STEP,
+    decisions=some(st.tuples(INTEGERS, st.sampled_from((Keep(), Recompute())))),
+    forward=some(every(Run)),
+    backward=some(every(Run)),
+    timeline=TIMELINE,
+    budget=every(Budget),
+    machine=MACHINE,
+    base_seconds=REAL,
+    notes=some(st.text()),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(STEP | PLAN | TIMELINE)
+def test_json_round_trip(value: Any) -> None:
+    assert from_json(to_json(value), type(value)) == value
+
+
+def test_files_round_trip(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    plan.timeline.save(tmp_path / "timeline.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Timeline.load(tmp_path / "timeline.json") == plan.timeline
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "timeline.json"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_a_damaged_value_is_refused_or_read(data: st.DataObject) -> None:
+    """Replace one value anywhere in a file: never another exception than MemplanError."""
+    timeline = Timeline("t", "measured", (Moment("a", 0.0),), (Block("b", 1, "input", 0, 1),), (("input", 3),))
+    document: Any = json.loads(to_json(timeline))
+    at = document
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if not isinstance(at[key], (dict, list)) or not at[key] or data.draw(st.booleans()):
+            break
+        at = at[key]
+    at[key] = data.draw(st.none() | st.booleans() | st.text() | st.integers() | st.just([]) | st.just({"is": []}))
+    with contextlib.suppress(MemplanError):
+        from_json(json.dumps(document), Timeline)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not JSON"),
+        ("[1, 2]", "not written by memplan"),
+        ('{"nodes": []}', "not written by memplan"),
+        ('{"memplan": "Timeline", "schema": 999, "value": {}}', "schema 999"),
+        ('{"memplan": "Timeline", "schema": 1}', "damaged"),
+        ('{"memplan": "Timeline", "schema": 1, "value": {"title": "x", "colour": 1}}', "no field 'colour'"),
+        ('{"memplan": "Step", "schema": 1, "value": {}}', "holds a Step, not a Timeline"),
+    ],
+)
+def test_foreign_files(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(MemplanError, match=says) as e:
+        Timeline.load(path)
+    assert "x.json" in str(e.value).splitlines()[0]
+
+
+def test_every_truncation_is_refused(timeline: Timeline) -> None:
+    text = to_json(timeline)
+    for end in range(0, len(text), 97):
+        with pytest.raises(MemplanError, match="cut short"):
+            from_json(text[:end], Timeline)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    for name in ("binary.json", "absent.json", "."):
+        with pytest.raises(MemplanError, match="cannot read"):
+            Timeline.load(tmp_path / name)
+
+
+def test_unwritable_leaves_nothing_behind(timeline: Timeline, tmp_path: Path) -> None:
+    (tmp_path / "taken.json").mkdir()
+    for path in (tmp_path / "no folder" / "t.json", tmp_path / "taken.json"):
+        with pytest.raises(MemplanError, match="cannot write"):
+            timeline.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken.json"]
+
+
+def test_writing_replaces(tmp_path: Path) -> None:
+    write(tmp_path / "x", "one")
+    write(tmp_path / "x", b"two")
+    assert (tmp_path / "x").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_step_at_other_sizes() -> None:
+    formula = Polynomial(((4, (("batch", 1), ("tokens", 2))), (8, ())))
+    tensors = (Tensor("a", 4 * 2 * 9 + 8, "activation", formula=formula), Tensor("b", 5, "activation"))
+    step = Step("s", tensors, (), (), sizes=(("batch", 2), ("tokens", 3)))
+    longer = step.at(tokens=10)
+    assert [t.bytes for t in longer.tensors] == [4 * 2 * 100 + 8, 5]
+    assert dict(longer.sizes) == {"batch": 2, "tokens": 10}
+    assert longer.at(tokens=3) == step
+    with pytest.raises(MemplanError, match="length"):
+        step.at(length=4)
+
+
+def test_peak_of_half_open_lifetimes() -> None:
+    moments = tuple(Moment(str(i), float(i)) for i in range(3))
+    blocks = (Block("a", 10, "activation", 0, 1), Block("b", 7, "activation", 1, 3), Block("c", 2, "temporary", 1, 2))
+    timeline = Timeline("t", "predicted", moments, blocks, (("parameter", 100),))
+    assert timeline.totals == (110, 109, 107)
+    assert (timeline.peak, timeline.peak_moment, timeline.peak_above_base) == (110, 0, 10)
+    assert [b.name for b in timeline.alive(1)] == ["b", "c"]
+    assert Timeline("empty", "measured", (), (), (("input", 3),)).peak == 3

@@ -1,0 +1,149 @@
+"""Reports say what the data says: every byte of a plan in its table, equal layers folded, peaks as they are."""
+
+import dataclasses
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memplan import report
+from memplan.errors import MemplanError
+from memplan.ir import Block, Budget, Moment, Plan, Recompute, Step, Timeline
+from memplan.report import png
+from memplan.report.text import ROWS, WIDTH, at_peak
+from memplan.units import human
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_equal_layers_fold(plan_of: Callable[..., Plan]) -> None:
+    few, many = str(plan_of(layers=4)), str(plan_of(layers=32))
+    assert len(few.splitlines()) <= len(many.splitlines()) <= len(few.splitlines()) + 1
+    row = next(line for line in many.splitlines() if " tanh " in line)
+    total = human(32 * 4 * 64 * 256)
+    for part in ("keep", "x32", total, "f32[64, 256]", "model.layers.*", "toy.py:8 in f"):
+        assert part in row
+
+
+def test_table_is_plain_text(plan: Plan) -> None:
+    text = str(plan)
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines()[:3])) <= WIDTH
+    assert "toy.py:12: nothing was found here" in text
+    assert "written by hand" in text
+
+
+def test_recompute_cost_is_the_machines(plan: Plan) -> None:
+    step = plan.step
+    ops = [step.producer[t][1] for t, d in plan.decisions if isinstance(d, Recompute)]
+    row = next(line for line in str(plan).splitlines() if line.startswith("recompute"))
+    assert f" {1e3 * sum(map(plan.machine.seconds, ops)):.3f} " in row
+
+
+def test_what_does_not_fit_in_the_table_is_counted(plan: Plan) -> None:
+    tensors = tuple(dataclasses.replace(t, source=f"toy.py:{i}") for i, t in enumerate(plan.step.tensors * 4))
+    step = dataclasses.replace(plan.step, tensors=tensors)
+    decisions = tuple((t, Recompute()) for t in range(len(tensors)))
+    folded = dataclasses.replace(plan, step=step, decisions=decisions)
+    lines = report.table(folded).splitlines()
+    shown = next(i for i, line in enumerate(lines) if line.startswith("and "))
+    hidden = sorted((t.bytes for t in tensors), reverse=True)[ROWS:]
+    assert lines[shown] == f"and {len(hidden)} more ({human(sum(hidden))})"
+
+
+def test_markup_in_names_is_text(plan: Plan) -> None:
+    tensors = tuple(dataclasses.replace(t, source="a.py:1 in [b]f :smile:") for t in plan.step.tensors)
+    text = report.table(dataclasses.replace(plan, step=dataclasses.replace(plan.step, tensors=tensors)))
+    assert "[b]f :smile:" in text
+
+
+def test_verdict(plan: Plan) -> None:
+    last = str(plan).splitlines()[-1]
+    spare = human(plan.budget.available - plan.peak)
+    assert last.startswith(f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {spare} to spare")
+    assert last.endswith("+5.0 % time (estimate); policy by_hand on toy")
+    short = dataclasses.replace(plan, budget=Budget(plan.peak - 1000))
+    assert "does not fit" in str(short).splitlines()[-1]
+    assert "short by 1.000 KB" in str(short).splitlines()[-1]
+    held = dataclasses.replace(plan, budget=Budget(10**9, 10**8, 10**7, "clamped"))
+    assert "less 100.0 MB context and 10.00 MB fragmentation reserve: 890.0 MB for the step (clamped)" in str(held)
+
+
+def test_kinds_add_up_to_the_peak(timeline: Timeline) -> None:
+    assert sum(at_peak(timeline).values()) == timeline.peak
+    assert f"peak {human(timeline.peak)} at grad_0 in backward" in report.summary(timeline)
+
+
+@pytest.mark.parametrize("origin", ["predicted", "measured"])
+def test_png_of_a_long_timeline(origin: Any, tmp_path: Path) -> None:
+    count = 30_000
+    moments = tuple(Moment(f"op{i}", i * 1e-5, "forward" if i < 10_000 else "backward") for i in range(count))
+    blocks = [Block(f"a{i}", 10**7, "activation", 30 * i, count - 60 * i) for i in range(300)]
+    blocks.append(Block("spike", 10**10, "temporary", 12_345, 12_346))
+    timeline = Timeline("long", origin, moments, tuple(blocks), (("parameter", 10**9),))
+    timeline.save(tmp_path / "long.png")
+    assert png_size(tmp_path / "long.png") == (1440, 600)
+    assert png._steps(timeline).total.max() == timeline.peak  # drawing by columns keeps every spike
+
+
+def test_png_steps_are_the_timeline(timeline: Timeline) -> None:
+    steps = png._steps(timeline)
+    assert tuple(steps.total) == timeline.totals
+    assert len(steps.edges) == len(timeline.moments) + 1
+    assert sum(layer[timeline.peak_moment] for layer in steps.layers.values()) == timeline.peak
+
+
+def test_png_of_odd_timelines(plan: Plan, tmp_path: Path) -> None:
+    empty = Timeline("empty", "measured", (), ())
+    one = Timeline("$x_1$", "measured", (Moment("a", 0.0),), (Block("b", 1, "input", 0, 1),))
+    report.save([empty, one, plan.timeline], tmp_path / "all.PNG")
+    assert png_size(tmp_path / "all.PNG") == (1440, 1800)
+    plan.save(tmp_path / "plan.png")
+    assert png_size(tmp_path / "plan.png") == (1440, 600)
+
+
+def test_formats(plan: Plan, step: Step, tmp_path: Path) -> None:
+    report.save(step, tmp_path / "step.json")
+    with pytest.raises(MemplanError, match=r"a Step as .*the formats are \.json"):
+        report.save(step, tmp_path / "step.png")
+    with pytest.raises(MemplanError, match=r"a Plan as .*the formats are \.json and \.png"):
+        report.save(plan, tmp_path / "plan.html")
+    with pytest.raises(MemplanError, match="at least one"):
+        report.save([], tmp_path / "none.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
+
+
+def test_a_timeline_equals_itself(plan: Plan) -> None:
+    same = report.compare(plan, plan.timeline)
+    assert (same.difference, same.only_a, same.only_b) == (0, (), ())
+    assert "equal peaks" in str(same)
+
+
+def test_compare_is_antisymmetric(plan_of: Callable[..., Plan]) -> None:
+    a, b = plan_of(layers=4), plan_of(layers=3)
+    there, back = report.compare(a, b), report.compare(b, a)
+    assert there.difference == -back.difference == b.peak - a.peak
+    assert (there.only_a, there.only_b) == (back.only_b, back.only_a)
+    assert [block.name for block in there.only_a] == ["grad_3"]
+    assert sum(y - x for _, x, y in there.kinds) == there.difference
+    assert "grad_3" in str(there)
+
+
+def test_a_measurement_has_other_names(timeline: Timeline) -> None:
+    blocks = tuple(dataclasses.replace(b, name=f"0x{i:x}") for i, b in enumerate(timeline.blocks))
+    measured = dataclasses.replace(timeline, origin="measured", blocks=blocks)
+    assert report.compare(timeline, measured).only_a == ()
+    missing = dataclasses.replace(measured, blocks=blocks[:-1])
+    assert len(report.compare(timeline, missing).only_a) == 1
+
+
+def test_compare_refuses_other_things(step: Step, plan: Plan) -> None:
+    with pytest.raises(MemplanError, match="cannot compare a Step"):
+        report.compare(plan, step)  # type: ignore[arg-type]
