@@ -8,7 +8,6 @@ by the ratio of what was wanted to what was generated, at most ROUNDS times.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +47,10 @@ class _Recorded(CustomPartitionerFn):
         self.inputs = [[n.meta.get("val") for n in h.graph.find_nodes(op="placeholder")] for h in halves]
         return halves
 
+    def __deepcopy__(self, _memo: Any) -> _Recorded:
+        """Inductor copies its config to make a cache key; a record of one compile has no copies."""
+        return self
+
     def uuid(self) -> None:
         """No caching of generated code: a warm cache would skip the plan and its verification."""
         return None
@@ -62,7 +65,9 @@ def compile_inductor(
     for attempt in range(1, ROUNDS + 1):
         last = attempt == ROUNDS
         target = Budget(0 if last else wanted)
-        compiled, plan, predicted = _compile(graph, example_inputs, dataclasses.replace(partitioner, budget=target), config)
+        compiled, plan, predicted = _compile(
+            graph, example_inputs, dataclasses.replace(partitioner, budget=target), config
+        )
         if plan is None:  # nothing to plan: a graph without a backward
             return compiled
         note = f"planned {attempt} times until the generated code fitted" if attempt > 1 else ""
@@ -88,7 +93,7 @@ def _compile(
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
     ):
         try:
-            compiled = compile_fx(copy.deepcopy(graph), list(example_inputs), config_patches=patches)
+            compiled = compile_fx(_copy(graph), list(example_inputs), config_patches=patches)
         except torch._inductor.exc.InvalidCxxCompiler as e:
             raise MemplanError(
                 "inner='inductor' generates C++ on the CPU, and no C++ compiler was found: install g++ or clang++, "
@@ -134,3 +139,12 @@ def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int])
         for i in range(end)
     )
     return dataclasses.replace(plan.timeline, moments=moments, blocks=tuple(blocks))
+
+
+def _copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph that Inductor may own, over the same parameters and fake values."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph.graph, {}))
+    module = fx.GraphModule(graph, new)
+    module.meta = dict(graph.meta)
+    return module

@@ -73,10 +73,7 @@ class Partitioner:
 
     def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
         calls = [workspaces.call_of(n) for n in nodes]
-        if self.measure:
-            found = workspaces.measure(calls)
-        else:
-            found = [workspaces.by_rule(c, self.machine) for c in calls]
+        found = workspaces.measure(calls) if self.measure else [workspaces.by_rule(c, self.machine) for c in calls]
         return {n.name: b for n, b in zip(nodes, found, strict=True)}
 
 

@@ -64,9 +64,7 @@ class Ghost:
         attribute = getattr(self.value, name)
         if not callable(attribute):
             return attribute
-        return lambda *args, **kwargs: _run_op(
-            self.tape, getattr(torch.Tensor, name), (self, *args), kwargs, [self]
-        )
+        return lambda *args, **kwargs: _run_op(self.tape, getattr(torch.Tensor, name), (self, *args), kwargs, [self])
 
 
 def ghost(tape: Tape, value: Any, name: str | None) -> Any:
@@ -124,15 +122,19 @@ def _stubs(source: str, tape: Tape) -> dict[str, Any]:
         for name, how in re.findall(r"^(\w+) = async_compile\.(\w+)\(", source, flags=re.MULTILINE)
     }
     allocators = dict.fromkeys(("empty_strided_cpu", "empty_strided_cuda", "empty_strided_cpu_pinned"), allocate)
-    return kernels | allocators | {
-        "reinterpret_tensor": reinterpret,
-        "assert_size_stride": nothing,
-        "assert_alignment": nothing,
-        "get_raw_stream": nothing,
-        "run_intermediate_hooks": nothing,
-        "extern_kernels": _ExternKernels(tape),
-        "_memplan_names": names,
-    }
+    return (
+        kernels
+        | allocators
+        | {
+            "reinterpret_tensor": reinterpret,
+            "assert_size_stride": nothing,
+            "assert_alignment": nothing,
+            "get_raw_stream": nothing,
+            "run_intermediate_hooks": nothing,
+            "extern_kernels": _ExternKernels(tape),
+            "_memplan_names": names,
+        }
+    )
 
 
 class _ExternKernels:
