@@ -24,7 +24,6 @@ from rich.table import Table
 from torch import Tensor
 
 import memplan
-from memplan.backend import memplan_backend  # by object: the name "memplan" is known only where it is installed
 from memplan.grpo import Batch, CharTokenizer, GRPOConfig, Rollout, make_step, make_tasks, rollout
 from memplan.units import human
 
@@ -144,6 +143,8 @@ def run(
         raise memplan.MemplanError(f"inner {inner!r} is not offered: it is 'eager' or 'inductor'")
     if steps < 3:
         raise memplan.MemplanError(f"steps={steps}: the first compiles and the last is recorded, so at least 3")
+    from memplan.backend import memplan_backend  # by object: the name is known to torch only once memplan is installed
+
     console = Console()
 
     with _progress(console, "sampling completions"):
