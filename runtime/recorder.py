@@ -1,0 +1,321 @@
+"""What really happened: memory, measured while any code runs, planned or not.
+
+    with memplan.record() as seen:
+        loss = step(batch)
+        loss.backward()
+    print(seen.timeline.peak)
+
+In: the allocator's own events. On the CPU they come from torch's profiler, on CUDA from the caching allocator's
+history. Out: a `Timeline` with origin "measured", whose moments are those events in order of time. A block is
+alive from the event that allocates it up to the event that frees it, or to the end.
+
+`base` is what was alive on the device at entry, by kind, found by walking Python's objects. A storage of the
+base that is freed while recording becomes a block from moment 0.
+
+Kinds: what a live object says at the end (a parameter, its .grad, an optimizer's state); otherwise "activation"
+if it was allocated outside of backward and is still alive in it; otherwise "temporary".
+
+What must hold: bytes are the allocator's, so totals may exceed the tensors' by its rounding (CPU: a few bytes
+per block). Not seen: memory taken behind the allocator (MKL's workspaces), on the CPU also other threads' (those
+of autograd are seen) and, at entry, storages that no Python object reaches.
+
+Cost on the CPU, measured on 2 busy cores: 0.3 s at entry and at exit for a process of 300,000 Python objects; per op
+3 us and 1 KiB while it runs, and 0.1 ms and 5 KiB at exit, while the timeline is built. Nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from memplan.errors import MemplanError
+from memplan.ir import KINDS, Block, Kind, Moment, Timeline
+
+
+class Recording:
+    """What `record()` hands out; `timeline` is there once the with-block has ended, also by an exception."""
+
+    def __init__(self) -> None:
+        self._timeline: Timeline | None = None
+
+    @property
+    def timeline(self) -> Timeline:
+        if self._timeline is None:
+            raise MemplanError("the recording has not ended: read its timeline after the with-block")
+        return self._timeline
+
+
+@contextlib.contextmanager
+def record(device: torch.device | str | None = None) -> Iterator[Recording]:
+    """Record the memory of one device (default: CUDA if there is one, otherwise the CPU) while the block runs.
+
+    Raises MemplanError if another recording or profiler is running. Exceptions of the block pass through.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type not in ("cpu", "cuda"):
+        raise MemplanError(f"cannot record on {str(where)!r}: memory is recorded on 'cpu' and 'cuda'")
+    recording = Recording()
+    with _cuda(where, recording) if where.type == "cuda" else _cpu(recording):
+        yield recording
+
+
+# ---- one form of event for both devices, and the timeline that follows ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """One allocator event. `bytes` > 0: allocated; < 0: freed; 0: a storage of the base at this address was freed."""
+
+    seconds: float
+    address: int
+    bytes: int
+    name: str
+    phase: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A storage that a live Python object reaches."""
+
+    kind: Kind
+    bytes: int
+
+
+def build(
+    title: str,
+    events: list[Event],
+    before: Mapping[int, Resident],
+    after: Mapping[int, Resident],
+    unreached: int = 0,
+) -> Timeline:
+    """The timeline of `events`, given what was reached at entry and at the end, by address.
+
+    `unreached` bytes were alive at entry too, but no object says what they are.
+    """
+    backward = [i for i, e in enumerate(events) if e.phase == "backward"]
+    alive: dict[int, int] = dict.fromkeys(before, -1)  # address -> index of the event that allocated it; -1: base
+    base = dict.fromkeys(KINDS, 0)
+    blocks: list[Block] = []
+
+    def close(address: int, end: int) -> None:
+        start = alive.pop(address)
+        if start < 0:
+            old = before[address]
+            blocks.append(Block("allocated before", old.bytes, old.kind, 0, end))
+            return
+        event = events[start]
+        used = bisect.bisect_left(backward, start)  # the first backward event from here on
+        kind: Kind = "temporary"
+        if event.phase != "backward" and used < len(backward) and backward[used] < end:
+            kind = "activation"
+        if end == len(events) and address in after and after[address].kind != "input":
+            kind = after[address].kind
+        blocks.append(Block(event.name, event.bytes, kind, start, end, source=event.source))
+
+    freed: set[int] = set()  # a storage of the base may report its end twice: by its object, then by the allocator
+    for i, event in enumerate(events):
+        known = event.address in alive
+        if event.bytes > 0:
+            if known:  # its free was not reported
+                close(event.address, i)
+            freed.discard(event.address)
+            alive[event.address] = i
+        elif known and (event.bytes < 0 or alive[event.address] < 0):
+            close(event.address, i)
+            freed.add(event.address)
+        elif event.bytes < 0 and event.address not in freed:
+            blocks.append(Block("allocated before", -event.bytes, "temporary", 0, i))
+            unreached = max(0, unreached + event.bytes)
+    for address in list(alive):
+        if alive[address] < 0:
+            base[before[address].kind] += before[address].bytes
+        else:
+            close(address, len(events))
+    base["temporary"] += unreached
+
+    return Timeline(
+        title=title,
+        origin="measured",
+        moments=tuple(Moment(e.name, e.seconds, e.phase) for e in events),
+        blocks=tuple(sorted(blocks, key=lambda b: (b.start, b.end))),
+        base=tuple((kind, size) for kind, size in base.items() if size),
+    )
+
+
+def _storages(device: torch.device) -> dict[int, tuple[Kind, torch.UntypedStorage]]:
+    """The storages on `device` that Python objects reach, by address."""
+    # type() and not isinstance(): the latter runs code of proxies and lazy modules
+    objects = [o for o in gc.get_objects() if issubclass(type(o), (torch.Tensor, torch.optim.Optimizer))]
+    tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
+    with torch._C.DisableTorchFunctionSubclass():
+        grads = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+        by_kind: dict[Kind, Iterable[Any]] = {
+            "input": tensors,
+            "optimizer_state": (
+                value
+                for o in objects
+                if issubclass(type(o), torch.optim.Optimizer)
+                for state in o.state.values()
+                for value in state.values()
+                if isinstance(value, torch.Tensor)
+            ),
+            "gradient": grads,
+            "parameter": (t for t in tensors if isinstance(t, torch.nn.Parameter)),
+        }
+        found: dict[int, tuple[Kind, torch.UntypedStorage]] = {}
+        for kind, members in by_kind.items():  # the later kind says more
+            for tensor in members:
+                storage = _storage(tensor)
+                if storage is not None and storage.device == device and storage.nbytes():
+                    found[storage.data_ptr()] = kind, storage
+    return found
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Its storage, or None if it has none: sparse and opaque layouts, wrapper subclasses. Fake ones are on meta."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+# ---- CPU: torch.profiler --------------------------------------------------------------------------------------------
+
+_FREED = "memplan: freed "
+_BARE = {f"aten::{op}" for op in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")}
+
+
+@contextlib.contextmanager
+def _cpu(recording: Recording) -> Iterator[None]:
+    if torch._C._autograd._profiler_enabled():
+        raise MemplanError("cannot record here: a profiler or another recording is running; end it first")
+    cpu = torch.device("cpu")
+    storages = _storages(cpu)
+    before = {address: Resident(kind, s.nbytes()) for address, (kind, s) in storages.items()}
+    # The profiler does not report frees of what was allocated before it started. The storage's Python object does: it
+    # lives exactly as long as the storage, and its end is written into the profiler's own sequence of events.
+    watches = [weakref.ref(s, _marker(address)) for address, (_, s) in storages.items()]
+    del storages
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    profile.start()
+    try:
+        yield
+    finally:
+        profile.stop()
+        watches.clear()
+        after = {address: Resident(kind, s.nbytes()) for address, (kind, s) in _storages(cpu).items()}
+        recording._timeline = build("recorded on cpu", _profiled(profile), before, after)
+
+
+def _marker(address: int) -> Any:
+    name = f"{_FREED}{address}"
+
+    def mark(_: Any) -> None:
+        with torch._C._profiler._RecordFunctionFast(name):
+            pass
+
+    return mark
+
+
+def _profiled(profile: torch.profiler.profile) -> list[Event]:
+    """The profiler's allocator events, in order of time; each is named after the op that encloses it."""
+    results = cast(Any, profile.profiler).kineto_results
+    origin = results.trace_start_ns()
+    events: list[tuple[int, Event]] = []
+    todo = [(event, "", "") for event in reversed(results.experimental_event_tree())]
+    while todo:
+        event, name, phase = todo.pop()
+        at = event.start_time_ns
+        fields = event.extra_fields
+        if isinstance(fields, torch._C._profiler._ExtraFields_Allocation):
+            if fields.device.type == "cpu":
+                events.append((at, Event((at - origin) / 1e9, fields.ptr, fields.alloc_size, name or "python", phase)))
+            continue
+        if event.name.startswith(_FREED):
+            address = int(event.name.removeprefix(_FREED))
+            events.append((at, Event((at - origin) / 1e9, address, 0, name or "python", phase)))
+            continue
+        if phase != "backward":
+            phase = _phase(event.name)
+        if not name or event.name not in _BARE:
+            name = event.name.removeprefix("autograd::engine::evaluate_function: ")
+        todo.extend((child, name, phase) for child in reversed(event.children))
+    events.sort(key=lambda e: e[0])
+    return [event for _, event in events]
+
+
+def _phase(name: str) -> str:
+    if name.startswith("autograd::engine::"):
+        return "backward"
+    return "optimizer" if name.startswith("Optimizer.") else "forward"
+
+
+# ---- CUDA: the caching allocator's history --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _cuda(device: torch.device, recording: Recording) -> Iterator[None]:
+    current = torch.cuda.current_device()  # starts CUDA too
+    index = current if device.index is None else device.index
+    device = torch.device("cuda", index)
+    if torch._C._cuda_isHistoryEnabled():
+        raise MemplanError("cannot record here: torch records its memory history already; end that first")
+    before = {address: Resident(kind, _rounded(s.nbytes())) for address, (kind, s) in _storages(device).items()}
+    unreached = max(0, torch.cuda.memory_allocated(device) - sum(r.bytes for r in before.values()))
+    torch.cuda.memory._record_memory_history(enabled="all", context="alloc", stacks="python")
+    try:
+        yield
+    finally:
+        trace = torch.cuda.memory._snapshot()["device_traces"][index]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        after = {address: Resident(kind, s.nbytes()) for address, (kind, s) in _storages(device).items()}
+        recording._timeline = build(f"recorded on {device}", traced(trace), before, after, unreached)
+
+
+def _rounded(size: int) -> int:
+    """What the caching allocator counts for a request: multiples of 512 bytes."""
+    return -(-size // 512) * 512
+
+
+def traced(trace: Iterable[Mapping[str, Any]]) -> list[Event]:
+    """The events of one device of torch.cuda.memory._snapshot()["device_traces"] that change memory_allocated().
+
+    That is "alloc" and "free_requested"; "free_completed" follows when other streams are done with the block.
+    Names come from the Python stack. The autograd thread has none, except below a function written in Python.
+    """
+    events: list[Event] = []
+    origin = None
+    for entry in trace:
+        if entry["action"] not in ("alloc", "free_requested"):
+            continue
+        now = entry.get("time_us", 0)
+        origin = now if origin is None else origin
+        frames = entry.get("frames") or []  # innermost first
+        files = [frame["filename"] for frame in frames]
+        if entry["action"] == "free_requested":
+            phase = ""  # context="alloc": frees carry no stack
+        elif not frames or files[-1].endswith("torch/autograd/function.py"):
+            phase = "backward"
+        else:
+            phase = "optimizer" if any("/torch/optim/" in file for file in files) else "forward"
+        user = next((f for f in frames if "/torch/" not in f["filename"]), None)
+        size = _rounded(entry["size"])
+        events.append(
+            Event(
+                seconds=(now - origin) / 1e6,
+                address=entry["addr"],
+                bytes=size if entry["action"] == "alloc" else -size,
+                name=frames[0]["name"] if frames else "autograd" if phase else "free",
+                phase=phase,
+                source=f"{user['filename']}:{user['line']} in {user['name']}" if user else "",
+            )
+        )
+    return events
