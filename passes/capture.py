@@ -26,6 +26,7 @@ from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
 from memplan.passes import costs
 from memplan.passes.compat import size_hint, symbol_hint
 
+LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
 RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}  # torch.get_rng_state().numel() on each device
 
 
@@ -280,6 +281,6 @@ def layer(node: fx.Node) -> str:
     """The module path: "model.layers.3.mlp"."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     if not stack:
-        return str((node.meta.get("custom") or {}).get("memplan_layer", ""))
+        return str((node.meta.get("custom") or {}).get(LAYER, ""))
     path = str(list(stack.values())[-1][0])
     return ".".join(p for p in re.findall(r"\w+", path) if p not in ("L", "self", "_modules", "G"))

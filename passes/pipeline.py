@@ -107,7 +107,7 @@ def does_not_fit(plan: Plan) -> DoesNotFit:
         f"{(plan.peak + fixed) / 1e9:.3f} GB, and the best of the built-in policies {smallest / 1e9:.3f} GB; "
         f"set a budget of at least {smallest} bytes, or make the batch smaller\n"
         f"alive at that peak, beyond {step.base_bytes / 2**20:.1f} MiB of parameters and inputs:\n"
-        + "\n".join(largest),
+        + "\n".join([*largest, *(f"note: {note}" for note in step.notes)]),
         budget=budget.bytes,
         needed=plan.peak + fixed,
         smallest=smallest,

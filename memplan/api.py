@@ -1,0 +1,54 @@
+"""plan and timeline: look before you run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from memplan.ir import Machine, Plan, Timeline
+from memplan.machines import machine as find_machine
+from memplan.options import Options, read_budget
+
+
+def plan(
+    step: Callable[..., Any],
+    *batch: Any,
+    budget: str | int | float | None = None,
+    machine: str | Machine | None = None,
+    policy: Any = "greedy",
+    inner: str = "inductor",
+) -> Plan:
+    """The plan for `step(*batch)` inside `budget`, made on fake tensors.
+
+    step: returns the loss, or calls .backward() on it; its modules may be on any device, "meta" included.
+    budget: "24GB", "50%", 0.5, or bytes as an int; None: the whole machine.
+    machine: whose memory and speed to plan for; None: this one, where each op is run alone once, on zeros, to
+        learn the memory inside it. For another machine nothing is run at all.
+    inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.
+    Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
+    Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
+    """
+    from memplan.passes.partition import Partitioner
+    from memplan.passes.pipeline import make_plan
+    from memplan.passes.trace import trace
+
+    given = {"budget": budget, "machine": machine, "policy": policy, "inner": inner}
+    options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
+    target = options.machine or find_machine("cpu")
+    allowed = read_budget(options.budget, target)
+    partitioner = Partitioner(
+        policy=options.policy,
+        budget=allowed,
+        machine=target,
+        inner=options.inner,
+        on_plan=lambda _: None,
+        measure=options.machine is None,
+    )
+    traced = trace(step, batch, partitioner)
+    return make_plan(traced, options.policy, allowed, target, inner=options.inner)
+
+
+def timeline(of: Plan | Timeline) -> Timeline:
+    """The predicted timeline of a plan; a timeline is returned as it is."""
+    return of.timeline if isinstance(of, Plan) else of
