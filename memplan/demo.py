@@ -112,10 +112,10 @@ def train(model: Any, step: Callable[[Batch], Tensor], batch: Batch, steps: int)
     return Outcome(tuple(losses), tuple(gradients), min(seconds[1:-1]), seen.timeline.peak)
 
 
-def smallest_budget(step: Callable[[Batch], Tensor], batch: Batch) -> int:
+def smallest_budget(step: Callable[[Batch], Tensor], batch: Batch, inner: str) -> int:
     """The least bytes that any plan needs: what DoesNotFit says about a budget of one byte."""
     try:
-        return memplan.plan(step, batch, budget=1).peak
+        return memplan.plan(step, batch, budget=1, inner=inner).peak
     except memplan.DoesNotFit as error:
         return error.smallest
 
@@ -132,7 +132,7 @@ def run(
     inner: str = "eager",
     budgets: Sequence[int | str] | None = None,
     out: str | Path = Path("."),
-    steps: int = 4,
+    steps: int = 6,
 ) -> None:
     """Run the demo.
 
@@ -174,7 +174,7 @@ def run(
     unplanned = measure("unplanned", step if inner == "eager" else torch.compile(step, fullgraph=True))
     if budgets is None:
         with _progress(console, "looking for the smallest budget"):
-            smallest = smallest_budget(step, batch)
+            smallest = smallest_budget(step, batch, inner)
         room = max(unplanned.peak - smallest, 0)
         budgets = [smallest + room // 2, smallest + room // 10]
 
@@ -198,7 +198,7 @@ def run(
     for budget in budgets:
         name = budget if isinstance(budget, str) else human(budget)
         with _progress(console, f"planning for {name}"):
-            plans.append(plan := memplan.plan(step, batch, budget=budget))
+            plans.append(plan := memplan.plan(step, batch, budget=budget, inner=inner))
         options: dict[str, Any] = {"budget": budget, "inner": inner}
         outcome = measure(f"inside {name}", torch.compile(step, backend=memplan_backend, options=options))
         row(name, human(plan.peak), outcome, same_gradients(outcome, unplanned))

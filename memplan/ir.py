@@ -146,7 +146,7 @@ class Step:
     @functools.cached_property
     def saveable(self) -> frozenset[int]:
         """Storages that can cross from forward to backward: made by an op, and independent of the tangents."""
-        tainted, out = set(self.backward.inputs), set()
+        tainted, out = set(self.backward.inputs), set[int]()
         for op in self.ops:
             if tainted.isdisjoint(op.inputs):
                 out.update(op.outputs)

@@ -23,7 +23,7 @@ from torch._functorch.partitioners import classify_nodes
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
-from memplan.passes import costs
+from memplan.passes import costs, one_hot
 from memplan.passes.compat import size_hint, symbol_hint
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
@@ -32,6 +32,7 @@ RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}  # torch.get_rng_state().numel() on 
 
 def prepare(joint: fx.GraphModule) -> None:
     """Remove dead code, checks of metadata that tracing has already made, and computations made twice."""
+    one_hot.rewrite(joint)
     for node in list(joint.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             joint.graph.erase_node(node)
@@ -130,7 +131,7 @@ class _Reader:
         )
 
     def _known(self, value: Any) -> tuple[int, ...]:
-        keys = (StorageWeakRef(t.untyped_storage()) for t in costs.tensors(value))
+        keys = map(storage_key, costs.tensors(value))
         return tuple(dict.fromkeys(self.storage_of[k] for k in keys if k in self.storage_of))
 
     def _storages(self, node: fx.Node, value: Any, kind: Kind, label: str = "") -> None:
@@ -141,7 +142,7 @@ class _Reader:
         found = []
         for k, part in enumerate(value if many else [value]):
             for tensor in costs.tensors(part):
-                key = StorageWeakRef(tensor.untyped_storage())
+                key = storage_key(tensor)
                 if key not in self.storage_of and alias is not None:
                     self.storage_of[key] = self.of_node[alias][0]
                 if key not in self.storage_of:
@@ -217,9 +218,14 @@ class _Reader:
         ]
 
 
+def storage_key(tensor: torch.Tensor) -> StorageWeakRef:
+    """The identity of the storage behind a tensor."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
 def storage_keys(node: fx.Node) -> list[StorageWeakRef]:
     """The identity of the storage behind each of a node's results."""
-    return [StorageWeakRef(t.untyped_storage()) for t in costs.tensors(node.meta.get("val"))]
+    return [storage_key(t) for t in costs.tensors(node.meta.get("val"))]
 
 
 def _view_base(node: fx.Node) -> fx.Node | None:
@@ -265,6 +271,11 @@ def _unbacked(n: Any) -> bool:
 def _rng_bytes(node: fx.Node, results: Sequence[torch.Tensor]) -> int:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return 0
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [a.name for a in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if "dropout_p" in names and not given.get("dropout_p", 0.0):
+        return 0  # attention is tagged random for its dropout, which is off
     return RNG_STATE_BYTES.get(results[0].device.type if results else "cpu", 16)
 
 

@@ -88,6 +88,11 @@ def fusion(node: fx.Node) -> Fusion:
     target = node.target
     if name(target) in _TEMPLATES or target in fallbacks or target not in lowerings:
         return "extern"
-    if isinstance(node.meta.get("val"), (tuple, list)) or name(target) in _REDUCTIONS:
-        return "reduction"
+    if isinstance(node.meta.get("val"), (tuple, list)) or name(target) in _REDUCTIONS or _adds_up(target):
+        return "reduction"  # its result is written before anything reads it
     return "pointwise"
+
+
+def _adds_up(target: Any) -> bool:
+    """Several values may meet in one place, so the places are memory."""
+    return name(target) in ("scatter_add", "scatter_reduce", "index_put", "index_add", "embedding_dense_backward")

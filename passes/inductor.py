@@ -51,9 +51,9 @@ class _Recorded(CustomPartitionerFn):
         """Inductor copies its config to make a cache key; a record of one compile has no copies."""
         return self
 
-    def uuid(self) -> None:
-        """No caching of generated code: a warm cache would skip the plan and its verification."""
-        return None
+    def uuid(self) -> str:
+        """Code is cached by the planned graphs themselves, so the partitioner adds nothing to the key."""
+        return "memplan"
 
 
 def compile_inductor(
@@ -87,13 +87,15 @@ def _compile(
 ) -> tuple[Callable[..., Any], Plan | None, int]:
     """The callable, its plan with the generated code's timeline, and the peak that was predicted before."""
     recorded, sources = _Recorded(partitioner), list[str]()
-    patches = config | {"custom_partitioner_fn": recorded}
+    # Operators stay in the plan's order: Inductor's own reordering knows nothing of recomputation just in time.
+    patches = {"reorder_for_peak_memory": False} | config | {"custom_partitioner_fn": recorded}
     with (
         mock.patch.object(GraphLowering, "save_output_code", sources.append),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        # AOTAutograd's own cache would skip the partitioner: no plan, and no check of what is generated.
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
     ):
         try:
-            compiled = compile_fx(_copy(graph), list(example_inputs), config_patches=patches)
+            compiled: Any = compile_fx(_copy(graph), list(example_inputs), config_patches=patches)
         except torch._inductor.exc.InvalidCxxCompiler as e:
             raise MemplanError(
                 "inner='inductor' generates C++ on the CPU, and no C++ compiler was found: install g++ or clang++, "

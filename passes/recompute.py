@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from operator import getitem
 
 from torch import fx
-from torch._functorch.partitioners import functionalize_rng_ops, is_sym_node
+from torch._functorch.partitioners import functionalize_rng_ops
+from torch.fx.experimental.proxy_tensor import is_sym_node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from memplan.errors import MemplanError

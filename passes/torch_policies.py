@@ -7,12 +7,14 @@ activation_memory_budget at the ratios that TorchBudget offers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch._functorch import partitioners
 
 from memplan.ir import Step
+from memplan.passes.capture import storage_keys
 from memplan.passes.policies.torch_saved import TorchBudget, TorchMinCut
 
 
@@ -48,10 +50,8 @@ def _distances(joint: fx.GraphModule, info: partitioners.NodeInfo) -> None:
 
 def _storages(step: Step, joint: fx.GraphModule) -> dict[fx.Node, int]:
     """node -> the storage it shows, views included."""
-    from memplan.passes.capture import storage_keys
-
     by_name = {tensor.name: t for t, tensor in enumerate(step.tensors)}
-    by_key = {}
+    by_key: dict[Any, int] = {}
     for node in joint.graph.nodes:
         for key in storage_keys(node)[:1]:
             if node.name in by_name:

@@ -51,7 +51,7 @@ class _BackwardCalled(Exception):
 
 
 def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partitioner) -> Step:
-    """The Step of `step(*batch)`, priced and measured as the partitioner says. Raises MemplanError without a backward."""
+    """The Step of `step(*batch)`, priced and measured as the partitioner says; MemplanError if it has no backward."""
     modules = find_modules(step)
     state = {f"{m}:{name}": t for m, module in enumerate(modules) for name, t in _state(module).items()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -96,7 +96,7 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
     raise AssertionError("AOTAutograd returned without calling the partitioner")
 
 
-def _refuse(graph: fx.GraphModule, _inputs: Any) -> NoReturn:
+def _refuse(gm: fx.GraphModule, example_inputs: Any) -> NoReturn:
     raise MemplanError(
         "the step has no backward: nothing it returns depends on a parameter that requires a gradient; return the loss"
     )

@@ -8,6 +8,7 @@ allocate their own results run on fake tensors. So frees are Python's own, exact
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import types
@@ -80,28 +81,33 @@ def ghost(tape: Tape, value: Any, name: str | None) -> Any:
 
 def run_wrapper(source: str, tape: Tape, args: list[Any]) -> list[Any]:
     """Run the wrapper's `call` on ghosts; `args` is emptied, as in the real run. Returns its results."""
-    body = source[source.index("class Runner") :] if "class Runner" in source else source[source.index("def call(") :]
-    namespace: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "inductor_ops": torch.ops.inductor}
-    namespace |= {"math": __import__("math"), "inf": float("inf"), "nan": float("nan"), "device": torch.device}
-    namespace |= _stubs(source, tape)
-    exec(compile(_until_helpers(body), _FILE, "exec"), namespace)
-    tape_lines = _until_helpers(body).splitlines()
-    tape_names = {i + 1: m[1] for i, line in enumerate(tape_lines) if (m := re.match(r"\s*(\w+) = ", line))}
-    namespace["_memplan_names"].update(tape_names)
+    start = source.index("class Runner") if "class Runner" in source else source.index("def call(")
+    body = _without_helpers(source[start:])
+    namespace = _stubs(source, tape, _buffer_names(body))
+    exec(compile(body, "<generated wrapper>", "exec"), namespace)
     return list(namespace["call"](args))
 
 
-_FILE = "<generated wrapper>"
+def _buffer_names(body: str) -> dict[int, str]:
+    """line number -> "buf3 (mm)": the buffer allocated there, and the kernel that first gets it."""
+    lines = body.splitlines()
+    names = {}
+    for number, line in enumerate(lines, 1):
+        if found := re.match(r"\s*(\w+) = empty_strided", line):
+            uses = (u for u in lines[number:] if re.search(rf"\b{found[1]}\b.*\)", u) and "empty_strided" not in u)
+            kernel = re.search(r"([\w.]+)\(", next(uses, ""))
+            names[number] = f"{found[1]} ({kernel[1].split('.')[-1]})" if kernel else found[1]
+    return names
 
 
-def _until_helpers(body: str) -> str:
+def _without_helpers(body: str) -> str:
     """The code without the benchmark helpers at its end, which name things the stubs do not have."""
     ends = [body.find(mark) for mark in ("\ndef get_args(", "\ndef benchmark_compiled_module(")]
     return body[: min([e for e in ends if e >= 0], default=len(body))]
 
 
-def _stubs(source: str, tape: Tape) -> dict[str, Any]:
-    names: dict[int, str] = {}
+def _stubs(source: str, tape: Tape, names: dict[int, str]) -> dict[str, Any]:
+    """What the wrapper's code refers to, with allocators that hand out ghosts and kernels that do nothing."""
 
     def allocate(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Ghost:
         line = sys._getframe(1).f_lineno
@@ -121,20 +127,13 @@ def _stubs(source: str, tape: Tape) -> dict[str, Any]:
         name: nothing if "cpp" in how else kernel
         for name, how in re.findall(r"^(\w+) = async_compile\.(\w+)\(", source, flags=re.MULTILINE)
     }
-    allocators = dict.fromkeys(("empty_strided_cpu", "empty_strided_cuda", "empty_strided_cpu_pinned"), allocate)
-    return (
-        kernels
-        | allocators
-        | {
-            "reinterpret_tensor": reinterpret,
-            "assert_size_stride": nothing,
-            "assert_alignment": nothing,
-            "get_raw_stream": nothing,
-            "run_intermediate_hooks": nothing,
-            "extern_kernels": _ExternKernels(tape),
-            "_memplan_names": names,
-        }
+    given = {"torch": torch, "aten": torch.ops.aten, "inductor_ops": torch.ops.inductor, "device": torch.device}
+    given |= {"math": math, "inf": math.inf, "nan": math.nan, "extern_kernels": _ExternKernels(tape)}
+    given |= dict.fromkeys(("empty_strided_cpu", "empty_strided_cuda", "empty_strided_cpu_pinned"), allocate)
+    given |= dict.fromkeys(
+        ("assert_size_stride", "assert_alignment", "get_raw_stream", "run_intermediate_hooks"), nothing
     )
+    return kernels | given | {"reinterpret_tensor": reinterpret}
 
 
 class _ExternKernels:
