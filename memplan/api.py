@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.ir import Machine, Plan, Timeline
-from memplan.machines import machine as find_machine
 from memplan.options import Options, read_budget
 
 
@@ -29,13 +28,14 @@ def plan(
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
     """
+    from memplan.here import this_machine
     from memplan.passes.partition import Partitioner
     from memplan.passes.pipeline import make_plan
     from memplan.passes.trace import trace
 
     given = {"budget": budget, "machine": machine, "policy": policy, "inner": inner}
     options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
-    target = options.machine or find_machine("cpu")
+    target = options.machine or this_machine("cpu")
     allowed = read_budget(options.budget, target)
     partitioner = Partitioner(
         policy=options.policy,

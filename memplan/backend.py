@@ -16,8 +16,8 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from memplan.errors import MemplanError
+from memplan.here import this_machine
 from memplan.ir import Kind, Plan
-from memplan.machines import machine
 from memplan.options import Options, read_budget
 from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
 from memplan.runtime.executor import compile_eager
@@ -33,7 +33,7 @@ def memplan_backend(
         raise MemplanError(f"torch.compile was given {sorted(more)}; memplan takes options={{...}} only")
     read = Options.read(options, os.environ)
     device = "cuda" if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs) else "cpu"
-    target = machine(read.machine or device)
+    target = read.machine or this_machine(device)
     grads: tuple[tuple[Kind, int], ...] = (("gradient", gradient_bytes(example_inputs)),)
     partitioner = Partitioner(
         policy=read.policy,

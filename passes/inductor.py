@@ -61,7 +61,7 @@ def compile_inductor(
 ) -> Callable[..., Any]:
     """Inductor's callable for the graph. Raises DoesNotFit when no plan's generated code is inside the budget."""
     budget, wanted = partitioner.budget, partitioner.budget.available
-    best: Plan | None = None
+    tried: list[Plan] = []
     for attempt in range(1, ROUNDS + 1):
         last = attempt == ROUNDS
         target = Budget(0 if last else wanted)
@@ -75,11 +75,10 @@ def compile_inductor(
         if plan.fits:
             partitioner.on_plan(plan)
             return compiled
-        best = plan if best is None or plan.peak < best.peak else best
+        tried.append(plan)
         base = plan.step.base_bytes
         wanted = base + int((predicted - base) * (budget.available - base) / max(1, plan.peak - base) * MARGIN)
-    assert best is not None
-    raise does_not_fit(best)
+    raise does_not_fit(tried[0], min(tried, key=lambda p: p.peak))
 
 
 def _compile(

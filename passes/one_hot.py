@@ -53,7 +53,7 @@ def _one_per_row(node: fx.Node, dim: int, index: fx.Node, value: fx.Node) -> boo
     rows = [n for d, n in enumerate(out.shape) if d != dim % out.dim()]
     same = [n for d, n in enumerate(at.shape) if d != dim % out.dim()]
     single: bool = at.dim() > 0 and at.shape[dim] == 1 and source.shape == at.shape
-    return single and rows == same
+    return bool(single and rows == same)
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:

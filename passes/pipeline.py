@@ -12,6 +12,7 @@ from memplan.errors import DoesNotFit, MemplanError, did_you_mean
 from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Plan, Recompute, Step
 from memplan.passes import policies
 from memplan.passes.check import check
+from memplan.passes.policies.greedy import Greedy
 from memplan.passes.schedule import saved_by, schedule
 from memplan.passes.simulate import simulate
 
@@ -23,7 +24,7 @@ def make_plan(
     chosen = policies.find(policy)
     plan = evaluate(step, _ask(chosen, step, budget, machine), budget, machine, inner, policies.name_of(policy))
     if fit and not plan.fits:
-        raise does_not_fit(plan)
+        raise does_not_fit(plan, smallest(step, machine, inner))
     return plan
 
 
@@ -88,27 +89,29 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
     return out
 
 
-def does_not_fit(plan: Plan) -> DoesNotFit:
-    """What was needed, the best any policy reaches, and the largest tensors alive then."""
-    from memplan.passes.policies.greedy import Greedy
-
-    step, budget = plan.step, plan.budget
+def smallest(step: Step, machine: Machine, inner: str) -> Plan:
+    """The plan of least peak that any built-in policy reaches: greedy's path ends in all the others."""
     nothing = Budget(0)
-    least = evaluate(step, Greedy()(step, nothing, plan.machine), nothing, plan.machine, plan.inner, "greedy")
+    return evaluate(step, Greedy()(step, nothing, machine), nothing, machine, inner, "greedy")
+
+
+def does_not_fit(plan: Plan, least: Plan) -> DoesNotFit:
+    """What `plan` needed, the best that can be reached (`least`), and the largest tensors alive then."""
+    step, budget = plan.step, plan.budget
     best = min(plan, least, key=lambda p: p.peak)
     fixed = budget.bytes - budget.available
     largest = [
         f"  {b.bytes / 2**20:10.1f} MiB  {b.name} {list(b.shape)} {b.dtype}  {b.source}"
         for b in best.timeline.alive()[:3]
     ]
-    smallest = best.peak + fixed
+    enough = best.peak + fixed
     return DoesNotFit(
         f"the step does not fit {budget.bytes / 1e9:.3f} GB: policy {plan.policy!r} needs "
-        f"{(plan.peak + fixed) / 1e9:.3f} GB, and the best of the built-in policies {smallest / 1e9:.3f} GB; "
-        f"set a budget of at least {smallest} bytes, or make the batch smaller\n"
+        f"{(plan.peak + fixed) / 1e9:.3f} GB, and the best of the built-in policies {enough / 1e9:.3f} GB; "
+        f"set a budget of at least {enough} bytes, or make the batch smaller\n"
         f"alive at that peak, beyond {step.base_bytes / 2**20:.1f} MiB of parameters and inputs:\n"
         + "\n".join([*largest, *(f"note: {note}" for note in step.notes)]),
         budget=budget.bytes,
         needed=plan.peak + fixed,
-        smallest=smallest,
+        smallest=enough,
     )
