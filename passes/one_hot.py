@@ -44,16 +44,16 @@ def rewrite(graph: fx.GraphModule) -> int:
 def _is_zeros(node: fx.Node) -> bool:
     if node.target not in _ZEROS:
         return False
-    return node.target not in (aten.full.default, aten.full_like.default) or node.args[1] == 0
+    return bool(node.target not in (aten.full.default, aten.full_like.default) or node.args[1] == 0)
 
 
 def _one_per_row(node: fx.Node, dim: int, index: fx.Node, value: fx.Node) -> bool:
     """One index along `dim`, and every row of the result has one."""
     out, at, source = (n.meta["val"] for n in (node, index, value))
-    rows = [n for d, n in enumerate(out.shape) if d != dim % out.dim()]
-    same = [n for d, n in enumerate(at.shape) if d != dim % out.dim()]
-    single: bool = at.dim() > 0 and at.shape[dim] == 1 and source.shape == at.shape
-    return bool(single and rows == same)
+    rows: list[Any] = [n for d, n in enumerate(out.shape) if d != dim % out.dim()]
+    same: list[Any] = [n for d, n in enumerate(at.shape) if d != dim % out.dim()]
+    one = at.dim() > 0 and at.shape[dim] == 1 and source.shape == at.shape
+    return bool(one) and rows == same
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:

@@ -26,7 +26,7 @@ from memplan.passes.torch_policies import saved_sets
 
 @dataclass(frozen=True)
 class Partitioner:
-    """`names`: people's names of the graph's inputs. `measure`: run ops to learn their workspaces, or look them up."""
+    """`names`: people's names of the graph's inputs. `policy` is a policy or its name."""
 
     policy: str | Policy
     budget: Budget
@@ -35,7 +35,7 @@ class Partitioner:
     on_plan: Callable[[Plan], None]
     names: tuple[str, ...] = ()
     state: tuple[tuple[Kind, int], ...] = ()  # bytes that no op touches, by kind
-    measure: bool = True
+    measure: bool = True  # run ops on the CPU to learn their workspaces, rather than look them up
     title: str = "step"
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
@@ -73,7 +73,8 @@ class Partitioner:
 
     def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
         calls = [workspaces.call_of(n) for n in nodes]
-        found = workspaces.measure(calls) if self.measure else [workspaces.by_rule(c, self.machine) for c in calls]
+        here = self.measure and self.machine.device == "cpu"
+        found = workspaces.measure(calls) if here else [workspaces.by_rule(c, self.machine) for c in calls]
         return {n.name: b for n, b in zip(nodes, found, strict=True)}
 
 

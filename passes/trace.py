@@ -72,7 +72,7 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
             for m, module in enumerate(modules):
                 replaced = dict(zip(state, tensors, strict=False))
                 mine = {k.split(":", 1)[1]: t for k, t in replaced.items() if k.startswith(f"{m}:")}
-                stack.enter_context(_reparametrize_module(module, mine))
+                stack.enter_context(_reparametrize_module(module, mine, tie_weights=True))
                 stack.enter_context(_layers(module))
             stack.enter_context(mock.patch.object(torch.Tensor, "backward", _trap))
             stack.enter_context(_SourceLines())

@@ -19,6 +19,7 @@ from torch._C._profiler import _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memplan.errors import MemplanError
 from memplan.ir import Machine
 from memplan.passes import costs
 from memplan.passes.compat import size_hint
@@ -42,7 +43,15 @@ def call_of(node: fx.Node) -> Call:
 
 
 def measure(calls: Sequence[Call]) -> list[int]:
-    """Workspace bytes of each call; 0 for ops that cannot be run alone on zeros."""
+    """Workspace bytes of each call; 0 for ops that cannot be run alone on zeros.
+
+    Raises MemplanError while another profiler runs: torch has only one.
+    """
+    if torch.autograd.profiler._is_profiler_enabled:
+        raise MemplanError(
+            "a step was planned while a profiler or memplan.record() was running, and planning measures the memory "
+            "inside ops with the same profiler: call the step once before recording it"
+        )
     groups: dict[Any, list[int]] = {}
     for i, call in enumerate(calls):
         if _runnable(call):
