@@ -21,7 +21,7 @@ DTYPE = "bfloat16"
 FIRST_OF_BACKWARD = "nll_loss_backward"
 
 
-def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], torch_saved: list[tuple[float, list[int]]]) -> Step:
+def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], saved: list[tuple[float, list[int]]]) -> Step:
     """The recorded nodes as a Step; storage i is what node i makes, and the last storage is the tangent."""
     first, tangent = sum(not node["bwd"] for node in nodes), len(nodes)
     gradients = {t for t in outs if t >= first}
@@ -43,8 +43,8 @@ def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], torch_saved
         ),
         resident=(),
         saved_by=tuple(
-            ("torch-min-cut" if ratio == 1.0 else f"torch-budget-{ratio:g}", tuple(saved))
-            for ratio, saved in torch_saved
+            ("torch-min-cut" if ratio == 1.0 else f"torch-budget-{ratio:g}", tuple(kept))
+            for ratio, kept in saved
         ),
     )
 

@@ -41,7 +41,7 @@ def cuts(step: Step, machine: Machine, fixed: frozenset[int], points: int) -> It
     """Sets to save, each at least 1/points of save-all's bytes smaller than the one before, except for the last."""
     network = _Network(step, machine, fixed)
     least = network.cut(frozenset())
-    grain = least.bytes / points
+    grain = max(1.0, least.bytes / points)
     previous = least.bytes + grain
     for cut in _between(network, least, network.at(DEAREST * network.seconds / max(1, least.bytes)), grain):
         if cut.bytes <= previous - grain:
@@ -61,7 +61,8 @@ def _between(network: "_Network", low: Cut, high: Cut, grain: float) -> Iterator
             return
     yield low
     pieces, again = network.pieces(low, high), low.again
-    together = math.ceil(len(pieces) * grain / max(grain, low.bytes - high.bytes))  # pieces that free about one grain
+    # As many pieces at a time as free about one grain.
+    together = max(1, math.ceil(len(pieces) * grain / max(grain, low.bytes - high.bytes)))
     for k in range(0, len(pieces), together):
         again = again.union(*pieces[k : k + together])
         yield network.cut(again)

@@ -3,10 +3,10 @@
 import dataclasses
 
 from hypothesis import given, settings
-from tests.torch_free.random_steps import steps, steps_and_saved
 
 from memplan.ir import Keep, Recompute, Run, Step, Tensor
 from memplan.passes.schedule import closure, saved_by, schedule
+from tests.torch_free.random_steps import steps, steps_and_saved
 
 
 @settings(deadline=None, max_examples=60)

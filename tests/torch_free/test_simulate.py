@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 from hypothesis import given, settings
-from tests.torch_free.random_steps import MACHINE, steps_and_saved
 
 from memplan import steps
 from memplan.errors import MemplanError
@@ -13,6 +12,7 @@ from memplan.passes.pipeline import evaluate
 from memplan.passes.policies.torch_saved import recorded
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import peak, simulate
+from tests.torch_free.random_steps import MACHINE, steps_and_saved
 
 RECORDED = "llama8b_layers_4k_v32000"
 ROOFLINE = Machine("roofline-v1", "cuda", 80 * 10**9, 2.6e12, (("bfloat16", 600e12), ("float32", 600e12)))
