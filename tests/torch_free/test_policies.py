@@ -54,7 +54,7 @@ def test_greedy_on_random_steps(step: Step) -> None:
     for smaller, larger in itertools.pairwise(plans):
         assert smaller.peak <= larger.peak
         assert smaller.overhead >= larger.overhead - 1e-12
-    assert plans[-1].overhead == 0
+    assert plans[-1].overhead <= every[0].overhead + 1e-12  # save-all's: negative if nothing needs some op
 
 
 @cache
