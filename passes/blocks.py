@@ -3,7 +3,8 @@
 In: a Step. Out: positions in forward order, and the storages that cross each.
 The width at a position is the bytes made before it and read by forward after it. A boundary is a position
 where the width has a prominent minimum (topographic prominence at least half of its height): in a chain of
-layers the residual stream, in a U-Net the residual stream and the skips that pass over the position.
+layers the residual stream, in a U-Net the residual stream and the skips that pass over the position. Minima
+inside a block, between a norm's or an MLP's products, are wider than the block's ends near by, and are left out.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from scipy.signal import find_peaks
 from memplan.ir import Step
 
 PROMINENCE = 0.5  # of the width at the boundary
+NEAR, WIDER = 3, 1.25  # a boundary is at most WIDER times the narrowest of the NEAR boundaries on either side
 
 
 def frontiers(step: Step) -> list[frozenset[int]]:
@@ -27,10 +29,12 @@ def frontiers(step: Step) -> list[frozenset[int]]:
     high = 2.0 * width.max() + 1.0
     padded = np.concatenate([[-high], -width[1 : len(ops)], [-high]])
     found, shape = find_peaks(padded, prominence=0.0, plateau_size=1)
-    keep = shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)
+    deep = [int(p) for p in found[shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)]]
+    narrowest = [min(width[p] for p in deep[max(0, k - NEAR) : k + NEAR + 1]) for k in range(len(deep))]
     return [
         frozenset(t for t in made if made[t] < p <= last[t] and t not in resident)
-        for p in (int(i) for i in found[keep])
+        for p, least in zip(deep, narrowest, strict=True)
+        if width[p] <= WIDER * least
     ]
 
 

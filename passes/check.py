@@ -75,6 +75,10 @@ def _backward(plan: Plan) -> list[str]:
             broken.append(f"{op.name}: wrongly marked as {'recomputed' if run.again else 'running first'}")
         if run.op in ahead and op.fixed:
             broken.append(f"{op.name}: recomputed, and must not be: {op.fixed}")
+    first = len(step.forward.ops)
+    for i, op in enumerate(step.backward.ops, first):
+        if not op.outputs and i not in ran:
+            broken.append(f"{op.name}: runs for its effects, and never runs")
     for t in sorted(set(step.backward.outputs) - have - set(step.forward.outputs)):
         broken.append(f"{_name(step, t)}: an output of backward that is never made")
     return broken

@@ -26,32 +26,44 @@ class Life(NamedTuple):
 def lifetimes(step: Step, forward: Sequence[Run], backward: Sequence[Run], saved: Collection[int]) -> list[Life]:
     """Every life, in order of start within each graph."""
     split, count = len(forward), len(forward) + len(backward)
-    crossing = set(saved) | set(step.forward.outputs)
-    ahead = inputs_and_outputs(step, forward, keep=crossing)
-    behind = inputs_and_outputs(step, backward, keep=set(step.backward.outputs))
+    crossing, first, final = set(saved), set(step.forward.outputs), set(step.backward.outputs)
+    ahead = _accesses(step, forward, keep=crossing | first)
+    behind = _accesses(step, backward, keep=final)
     last_ahead, last_behind = _last_reads(ahead), _last_reads(behind)
 
     lives: list[Life] = []
     for moment, access in enumerate(ahead):
-        for t in access.writes:
+        for t in access[1]:
             end = last_ahead.get(t, moment) + 1
-            if t in saved and t in last_behind:
+            if t in crossing and t in last_behind:
                 end = split + last_behind[t] + 1
-            if t in step.forward.outputs or (t in saved and t in step.backward.outputs):
+            if t in first or (t in crossing and t in final):
                 end = count
             lives.append(Life(t, moment, end, step.tensors[t].bytes, False))
     for moment, access in enumerate(behind):
-        for t in access.writes:
-            end = count if t in step.backward.outputs else split + last_behind.get(t, moment) + 1
-            lives.append(Life(t, split + moment, end, step.tensors[t].bytes, backward[moment].again))
+        again = backward[moment].again
+        for t in access[1]:
+            end = split + last_behind.get(t, moment) + 1
+            if t in crossing:  # an op with several results ran again for another: the saved one is read
+                end = split + moment + 1
+            elif t in final:
+                end = count
+            lives.append(Life(t, split + moment, end, step.tensors[t].bytes, again))
     lives.extend(Life(t, split, count, step.tensors[t].bytes, False) for t in step.backward.inputs)
     if step.fused:
-        lives = inplace(step, lives, [*ahead, *behind], split)
+        lives = inplace(step, lives, [Access(*a) for a in (*ahead, *behind)], split)
     return lives + _inside_ops(step, forward, backward)
 
 
-def _last_reads(accesses: Sequence[Access]) -> dict[int, int]:
-    return {t: moment for moment, access in enumerate(accesses) for t in access.reads}
+def _accesses(step: Step, runs: Sequence[Run], keep: Collection[int]) -> Sequence[tuple[tuple[int, ...], ...]]:
+    """(reads, writes) of each run; storages in `keep` are always written."""
+    if step.fused:
+        return inputs_and_outputs(step, runs, keep)
+    return [(op.inputs, op.outputs) for op in (step.ops[run.op] for run in runs)]
+
+
+def _last_reads(accesses: Sequence[tuple[tuple[int, ...], ...]]) -> dict[int, int]:
+    return {t: moment for moment, access in enumerate(accesses) for t in access[0]}
 
 
 def _inside_ops(step: Step, forward: Sequence[Run], backward: Sequence[Run]) -> list[Life]:

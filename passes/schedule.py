@@ -20,48 +20,59 @@ def saved_by(step: Step, decisions: Decisions) -> frozenset[int]:
     return frozenset(kept | (step.read_in_backward - decisions.keys()))
 
 
+def needs_tangents(step: Step) -> list[int]:
+    """Indices of the ops that can only run in backward, in program order: all the others wait until they are needed."""
+    first = len(step.forward.ops)
+    return [first + k for k, op in enumerate(step.backward.ops) if step.saveable.isdisjoint(op.outputs)]
+
+
+def moved_ahead(step: Step, saved: Iterable[int]) -> list[int]:
+    """Indices of the backward ops that run in forward so that their results can be saved, in program order."""
+    first = len(step.forward.ops)
+    late = [t for t in saved if t in step.producer and step.producer[t][0] >= first]
+    return [i for i in closure(step, late, set(step.resident)) if i >= first] if late else []
+
+
 def closure(step: Step, wanted: Iterable[int], available: Collection[int]) -> list[int]:
     """Indices of the ops that make `wanted` out of `available`, in program order."""
     needed: set[int] = set()
-    stack = [t for t in wanted if t not in available]
+    producer, stack = step.producer, [t for t in wanted if t not in available]
     while stack:
-        found = step.producer.get(stack.pop())
-        if found is None or found[0] in needed:
-            continue
-        needed.add(found[0])
-        stack.extend(t for t in found[1].inputs if t not in available)
+        found = producer.get(stack.pop())
+        if found is not None and found[0] not in needed:
+            needed.add(found[0])
+            stack += [t for t in found[1].inputs if t not in available]
     return sorted(needed)
 
 
 def schedule(step: Step, saved: Collection[int]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
     """(forward runs, backward runs) when the storages `saved` cross."""
-    resident, first = set(step.resident), len(step.forward.ops)
-    early = [i for i in closure(step, saved, resident) if i >= first]  # backward ops whose results are saved
+    first, early = len(step.forward.ops), moved_ahead(step, saved)
     forward = _forward_order(step, early)
 
-    ran = {run.op for run in forward}
-    available = resident | set(saved) | set(step.backward.inputs)
-    wanted = set(step.backward.outputs)
+    ran = {*range(first), *early}
+    available = {*step.resident, *saved, *step.backward.inputs}
     backward: list[Run] = []
 
-    def run_closure(storages: Iterable[int]) -> None:
-        for i in closure(step, storages, available):
-            backward.append(Run(i, again=i in ran))
-            available.update(step.ops[i].outputs)
+    def make(storages: Iterable[int]) -> None:
+        missing = [t for t in storages if t not in available]
+        if missing:
+            for i in closure(step, missing, available):
+                backward.append(Run(i, again=i in ran))
+                available.update(step.ops[i].outputs)
 
-    for i in range(first, len(step.ops)):
-        op = step.ops[i]
-        # What depends on no tangent waits until something needs it.
-        if step.saveable.isdisjoint(op.outputs) or not op.outputs:
-            run_closure(t for t in op.inputs if t not in available)
-            backward.append(Run(i))
-            available.update(op.outputs)
-    run_closure(t for t in sorted(wanted) if t not in available)
+    for i in needs_tangents(step):
+        make(step.ops[i].inputs)
+        backward.append(Run(i))
+        available.update(step.ops[i].outputs)
+    make(sorted(step.backward.outputs))
     return tuple(forward), tuple(backward)
 
 
 def _forward_order(step: Step, early: list[int]) -> list[Run]:
     """Forward ops in program order, each early backward op right after the last of its inputs."""
+    if not early:
+        return [Run(i) for i in range(len(step.forward.ops))]
     runs: list[Run] = []
     made = set(step.resident)
     waiting = list(early)

@@ -5,9 +5,8 @@ the same on every machine; seconds are the roofline's. `peak` is the same arithm
 policies that ask often.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
-
-import numpy as np
 
 from memplan.ir import Block, Kind, Machine, Moment, Run, Step, Timeline
 from memplan.passes.lifetimes import Life, lifetimes
@@ -35,14 +34,11 @@ def simulate(
 def peak(step: Step, saved: Collection[int]) -> int:
     """The peak in bytes, base included, when the storages `saved` cross."""
     forward, backward = schedule(step, saved)
-    lives = lifetimes(step, forward, backward, saved)
-    if not lives:
-        return step.base_bytes
-    table = np.array([(life.start, life.end, life.bytes) for life in lives], dtype=np.int64)
-    change = np.zeros(len(forward) + len(backward) + 1, dtype=np.int64)
-    np.add.at(change, table[:, 0], table[:, 2])
-    np.add.at(change, table[:, 1], -table[:, 2])
-    return step.base_bytes + int(np.cumsum(change)[:-1].max())
+    change = [0] * (len(forward) + len(backward) + 1)
+    for life in lifetimes(step, forward, backward, saved):
+        change[life.start] += life.bytes
+        change[life.end] -= life.bytes
+    return step.base_bytes + max(itertools.accumulate(change[:-1]), default=0)
 
 
 def seconds(step: Step, runs: Collection[Run], machine: Machine) -> float:

@@ -1,83 +1,97 @@
-"""Give up the storages that are cheapest to recompute per byte, until the step fits.
+"""Give up what is cheapest to recompute per byte, until the step fits.
 
-In: a step and a budget. Out: the first point of a path that fits. The path does not depend on the budget: it
-starts by keeping everything, drops one storage at a time in order of bytes per second of recomputation, down
-to the block boundaries, then thins the boundaries out. Recomputation only grows along it, so the first point
-that fits is its fastest, and peaks and overheads are monotone in the budget by construction.
+In: a step and a budget. Out: the first point of a path that fits. A point is a set of storages to save. For a
+price per byte, the set that is cheapest in saved bytes and recomputation together is a minimum cut; as the price
+grows, ever more is recomputed, block by block. Paths are made with every block boundary saved and with every
+second, third, ... only; the other built-in policies' sets are points too.
+The path is sorted by recomputation and does not depend on the budget. So the first point that fits is its
+fastest, and peaks and overheads are monotone in the budget by construction.
 When nothing on the path fits, its point of least peak is returned and the pipeline says what is short.
 """
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.ir import Budget, Decisions, Keep, Machine, Recompute, Step
 from memplan.passes.blocks import frontiers
-from memplan.passes.policies.block_checkpoint import keep_only
-from memplan.passes.schedule import closure, saved_by
+from memplan.passes.policies.block_checkpoint import SqrtN, keep_only
+from memplan.passes.policies.min_cut import cuts
+from memplan.passes.schedule import closure, moved_ahead, needs_tangents, saved_by
 from memplan.passes.simulate import peak
+
+STRIDES = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks per segment; beyond: no boundary at all
+
+
+class Point(NamedTuple):
+    """`saved` cross; `seconds` of recomputation follow; `crossing` bytes are alive when forward ends."""
+
+    seconds: float
+    crossing: int
+    saved: frozenset[int]
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """`points`: how many points of the path are simulated."""
+    """`points`: into how many pieces the path divides the bytes of save-all."""
 
     points: int = 96
     name: str = "greedy"
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
-        best, best_peak = frozenset[int](), None
-        for saved in path(step, machine, self.points):
-            found = peak(step, saved)
-            if best_peak is None or found < best_peak:
-                best, best_peak = saved, found
-            if found <= budget.available:
-                break
+        best = choose(step, path(step, machine, self.points), budget.available)
         return {t: Keep() if t in best else Recompute() for t in step.read_in_backward | best}
 
 
-def path(step: Step, machine: Machine, points: int) -> Iterator[frozenset[int]]:
-    """Sets of storages to save, from the fastest to the smallest."""
-    boundaries = frontiers(step)
-    dropped = list(_drops(step, machine, frozenset().union(*boundaries)))
-    stride = max(1, len(dropped) // points)
-    kept = set(step.read_in_backward) | frozenset().union(*boundaries)
+def choose(step: Step, points: list[Point], available: int) -> frozenset[int]:
+    """The first point whose peak is `available` bytes at most; if there is none, that of least peak."""
+    room = available - step.base_bytes
+    late = []
+    least: tuple[int, int] | None = None
+    for i, point in enumerate(points):
+        if point.crossing > room:
+            late.append(i)
+            continue
+        found = peak(step, point.saved)
+        if found <= available:
+            return point.saved
+        least = min(least or (found, i), (found, i))
+    # Nothing fits. The bytes that cross bound a peak from below, so most points need no simulation.
+    for i in sorted(late, key=lambda i: points[i].crossing):
+        if least is not None and step.base_bytes + points[i].crossing > least[0]:
+            break
+        found = peak(step, points[i].saved)
+        least = min(least or (found, i), (found, i))
+    return points[least[1]].saved if least else step.read_in_backward
+
+
+def path(step: Step, machine: Machine, points: int) -> list[Point]:
+    """Sets of storages to save, from the fastest to the slowest."""
+    seconds = [machine.seconds(op) for op in step.ops]
+    roots = {t for i in needs_tangents(step) for t in step.ops[i].inputs} | set(step.backward.outputs)
+    measured = (_measure(step, seconds, roots, saved) for saved in dict.fromkeys(_sets(step, machine, points)))
+    return sorted({point for point in measured if point}, key=lambda p: (p.seconds, p.crossing, sorted(p.saved)))
+
+
+def _sets(step: Step, machine: Machine, points: int) -> Iterator[frozenset[int]]:
     yield step.read_in_backward
-    for i, storage in enumerate(dropped, 1):
-        kept.discard(storage)
-        if i % stride == 0 or i == len(dropped):
-            yield frozenset(kept)
-    for every in range(1, len(boundaries) + 2):
-        chosen = boundaries[every - 1 :: every]
-        yield saved_by(step, keep_only(step, frozenset().union(*chosen)))
+    boundaries = frontiers(step)
+    for every in (*(s for s in STRIDES if s <= len(boundaries)), len(boundaries) + 1):
+        chosen = frozenset[int]().union(*boundaries[every - 1 :: every])
+        yield saved_by(step, keep_only(step, chosen))
+        yield from cuts(step, machine, chosen, points if every == 1 else points // 2)
+    yield saved_by(step, SqrtN()(step, Budget(0), machine))
     for name, saved in step.saved_by:
         if name.startswith("torch"):
             yield frozenset(saved)
 
 
-def _drops(step: Step, machine: Machine, boundary: frozenset[int]) -> Iterator[int]:
-    """Storages to give up, best first: a lazy greedy, as the price of each depends on what went before."""
-    kept = set(step.read_in_backward | boundary)
-    resident = set(step.resident)
-    again: set[int] = set()  # ops that run again already
-
-    def price(storage: int) -> float | None:
-        """Seconds of recomputation added per byte given up; None if it cannot be recomputed."""
-        ops = [i for i in closure(step, [storage], kept - {storage} | resident) if i not in again]
-        if any(step.ops[i].fixed for i in ops):
-            return None
-        return sum(machine.seconds(step.ops[i]) for i in ops) / max(1, step.tensors[storage].bytes)
-
-    heap = [(p, t) for t in kept - boundary if (p := price(t)) is not None]
-    heapq.heapify(heap)
-    while heap:
-        _, storage = heapq.heappop(heap)
-        now = price(storage)
-        if now is None:
-            continue
-        if heap and now > heap[0][0] * (1 + 1e-9):
-            heapq.heappush(heap, (now, storage))
-            continue
-        kept.discard(storage)
-        again.update(closure(step, [storage], kept | resident))
-        yield storage
+def _measure(step: Step, seconds: Sequence[float], roots: set[int], saved: Collection[int]) -> Point | None:
+    """The point, less what backward never reads; None if an op would run twice that must not."""
+    late = closure(step, roots & step.saveable, {*step.resident, *saved})
+    crossing = frozenset(roots.union(*(step.ops[i].inputs for i in late)).intersection(saved))
+    ran = {*range(len(step.forward.ops)), *moved_ahead(step, crossing)}
+    again = [i for i in late if i in ran]
+    if any(step.ops[i].fixed for i in again):
+        return None
+    return Point(sum(seconds[i] for i in again), sum(step.tensors[t].bytes for t in crossing), crossing)
