@@ -43,8 +43,7 @@ def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], saved: list
         ),
         resident=(),
         saved_by=tuple(
-            ("torch-min-cut" if ratio == 1.0 else f"torch-budget-{ratio:g}", tuple(kept))
-            for ratio, kept in saved
+            ("torch-min-cut" if ratio == 1.0 else f"torch-budget-{ratio:g}", tuple(kept)) for ratio, kept in saved
         ),
     )
 

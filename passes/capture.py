@@ -27,6 +27,7 @@ from memplan.passes import costs, one_hot
 from memplan.passes.compat import size_hint, symbol_hint
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
+LARGE_MASK = 2**24  # bytes from which a T x T mask is worth a note
 RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}  # torch.get_rng_state().numel() on each device
 
 
@@ -202,19 +203,15 @@ class _Reader:
         return tuple(t for t in dict.fromkeys(found) if t not in self.resident)
 
     def _masks(self) -> list[str]:
-        """A T x T mask that tracing made real: named, because it costs more than the step."""
-        found: dict[str, tuple[int, Tensor]] = {}
-        for op in self.forward:
-            for t in op.outputs:
-                tensor = self.tensors[t]
-                square = len(tensor.shape) >= 2 and tensor.shape[-1] == tensor.shape[-2] >= 512
-                if square and tensor.dtype == "bool":
-                    count, _ = found.get(tensor.source, (0, tensor))
-                    found[tensor.source] = (count + 1, tensor)
+        """Square masks that tracing made real: named, because they can cost more than the step."""
+        made = [self.tensors[t] for op in self.forward for t in op.outputs]
+        masks = [t for t in made if t.dtype == "bool" and len(t.shape) > 1 and t.shape[-1] == t.shape[-2]]
+        large = sorted((m for m in masks if m.bytes >= LARGE_MASK), key=lambda m: -m.bytes)
+        if not large:
+            return []
         return [
-            f"a mask {list(m.shape)} of {m.bytes / 2**20:.0f} MiB was built (x{count}) at "
-            f"{source or 'an unknown line'}: if it is causal, pass attention_mask=None and let attention use is_causal"
-            for source, (count, m) in found.items()
+            f"{len(large)} masks of up to {list(large[0].shape)} and {large[0].bytes / 2**20:.0f} MiB were built, the "
+            f"first at {large[0].source or 'an unknown line'}: if attention is causal, is_causal needs none of them"
         ]
 
 

@@ -76,6 +76,8 @@ def compile_inductor(
             partitioner.on_plan(plan)
             return compiled
         tried.append(plan)
+        if predicted > wanted:  # the policy has nothing smaller
+            break
         base = plan.step.base_bytes
         wanted = base + int((predicted - base) * (budget.available - base) / max(1, plan.peak - base) * MARGIN)
     raise does_not_fit(tried[0], min(tried, key=lambda p: p.peak))
