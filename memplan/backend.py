@@ -19,6 +19,7 @@ from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Kind, Plan
 from memplan.options import Options, read_budget
+from memplan.passes.compat import resumed_at
 from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
 from memplan.runtime.executor import compile_eager
 
@@ -43,6 +44,7 @@ def memplan_backend(
         on_plan=lambda plan: _report(plan, read),
         names=tensor_names(graph),
         state=grads if grads[0][1] else (),
+        notes=tuple(_limits(example_inputs)),
     )
     if read.inner == "eager":
         compiler = aot_autograd(fw_compiler=compile_eager, bw_compiler=compile_eager, partition_fn=partitioner)
@@ -50,6 +52,22 @@ def memplan_backend(
     from memplan.passes.inductor import compile_inductor
 
     return compile_inductor(graph, example_inputs, partitioner, dict(read.inductor))
+
+
+def _limits(example_inputs: Sequence[Any]) -> list[str]:
+    """What the plan of this graph cannot promise."""
+    notes = []
+    if place := resumed_at():
+        notes.append(
+            f"a graph break ({place}) split the step: each graph is planned alone, so the budget holds for each of "
+            "them and not for what they keep for each other"
+        )
+    if any(isinstance(size, torch.SymInt) for size in example_inputs):
+        notes.append(
+            "torch made this graph dynamic: the plan is for the sizes of this call, and larger ones may be over the "
+            "budget; pass dynamic=False to plan each size"
+        )
+    return notes
 
 
 def _report(plan: Plan, options: Options) -> None:

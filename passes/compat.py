@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,22 @@ def size_hint(n: Any) -> int:
 
 def symbol_hint(size: torch.SymInt, symbol: Any) -> int:
     """The value that one symbol of a size had when the graph was traced."""
-    values = size.node.shape_env.var_to_val if hasattr(size.node.shape_env, "var_to_val") else {}
+    environment = size.node.shape_env
+    values = environment.backed_var_to_val if hasattr(environment, "backed_var_to_val") else environment.var_to_val
     found = values.get(symbol)
     return UNKNOWN_SIZE if found is None else int(found)
+
+
+def resumed_at() -> str:
+    """Where the graph break was after which Dynamo resumed with this graph: "step, line 12"; empty: at none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        name = InstructionTranslator.current_tx().f_code.co_name
+    except AttributeError:  # not called from Dynamo
+        return ""
+    found = re.match(r"torch_dynamo_resume_in_(.+)_at_(\d+)$", name)
+    return f"{found[1]}, line {found[2]}" if found else ""
 
 
 def extract(

@@ -37,6 +37,7 @@ class Partitioner:
     state: tuple[tuple[Kind, int], ...] = ()  # bytes that no op touches, by kind
     measure: bool = True  # run ops on the CPU to learn their workspaces, rather than look them up
     title: str = "step"
+    notes: tuple[str, ...] = ()  # what is known to be missing before anything is captured
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(
@@ -69,7 +70,8 @@ class Partitioner:
         saved: tuple[tuple[str, tuple[int, ...]], ...] = ()
         if name_of(self.policy).startswith("torch"):
             saved = saved_sets(joint, step, num_fwd_outputs, parameters, name_of(self.policy))
-        return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved)
+        notes = (*self.notes, *step.notes)
+        return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved, notes=notes)
 
     def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
         calls = [workspaces.call_of(n) for n in nodes]
