@@ -9,6 +9,7 @@ outputs need it, else backward, in the graph's order. `capture`, `lifetimes` of 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
 from memplan.passes import costs
 from memplan.passes.compat import size_hint, symbol_hint
+from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
 RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}  # torch.get_rng_state().numel() on each device
@@ -47,7 +49,7 @@ def capture(
     parameters: Collection[int],
     mutated: Collection[int] = (),
     names: Sequence[str] = (),
-    workspaces: Callable[[Sequence[fx.Node]], Mapping[str, int]] = lambda _: {},
+    workspaces: Callable[[Sequence[fx.Node]], Mapping[str, Inside]] = lambda _: {},
     fused: bool = False,
     title: str = "step",
 ) -> Step:
@@ -89,7 +91,7 @@ class _Reader:
         self.tangents: list[int] = []
         self.symbols: dict[str, int] = {}
 
-    def read(self, workspaces: Callable[[Sequence[fx.Node]], Mapping[str, int]]) -> None:
+    def read(self, workspaces: Callable[[Sequence[fx.Node]], Mapping[str, Inside]]) -> None:
         inputs = {node: i for i, node in enumerate(self.primals)}
         made: dict[fx.Node, tuple[int, ...]] = {}
         for node in self.nodes:
@@ -112,7 +114,10 @@ class _Reader:
         inside = workspaces(ops)
         written = {t for i in self.mutated for t in self.of_node[self.primals[i]]}
         for node in ops:
-            op = self._op(node, made[node], inside.get(node.name, 0), written)
+            seen = inside.get(node.name, Inside(0))
+            if not self.fused:  # a compiler that fuses allocates what the result shows
+                self._resize(node, made[node], seen.outputs)
+            op = self._op(node, made[node], seen.workspace, written)
             (self.forward if node in self.in_forward else self.backward).append(op)
 
     def step(self, title: str) -> Step:
@@ -150,6 +155,13 @@ class _Reader:
                     self.tensors.append(self._tensor(node, name, tensor, kind))
                 found.append(self.storage_of[key])
         self.of_node[node] = tuple(dict.fromkeys(found))
+
+    def _resize(self, node: fx.Node, made: Collection[int], sizes: Sequence[int]) -> None:
+        """Give the storages that the op makes the sizes that its kernel allocates."""
+        for key, size in zip(storage_keys(node), sizes, strict=False):
+            t = self.storage_of[key]
+            if t in made and self.tensors[t].formula is None:
+                self.tensors[t] = dataclasses.replace(self.tensors[t], bytes=size)
 
     def _tensor(self, node: fx.Node, name: str, value: torch.Tensor, kind: Kind) -> Tensor:
         size = value.untyped_storage().nbytes()

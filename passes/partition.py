@@ -71,9 +71,14 @@ class Partitioner:
             saved = saved_sets(joint, step, num_fwd_outputs, parameters, name_of(self.policy))
         return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved)
 
-    def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
+    def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, workspaces.Inside]:
         calls = [workspaces.call_of(n) for n in nodes]
-        found = workspaces.measure(calls) if self.measure else [workspaces.by_rule(c, self.machine) for c in calls]
+        if self.measure and self.inner == "inductor":
+            found = [workspaces.Inside(b) for b in workspaces.measure(calls)]
+        elif self.measure:
+            found = workspaces.run_alone(calls)
+        else:
+            found = [workspaces.Inside(workspaces.by_rule(c, self.machine)) for c in calls]
         return {n.name: b for n, b in zip(nodes, found, strict=True)}
 
 
