@@ -112,13 +112,22 @@ class _Reader:
                 self.of_node[node] = self._known(node.meta.get("val"))
         ops = [n for n in made if made[n] or _has_effects(n)]
         inside = workspaces(ops)
-        written = {t for i in self.mutated for t in self.of_node[self.primals[i]]}
+        changed = [self.primals[i] for i in self.mutated] + self._changed()
+        written = {t for node in changed for t in self.of_node[node]}
         for node in ops:
             seen = inside.get(node.name, Inside(0))
             if not self.fused:  # a compiler that fuses allocates what the result shows
                 self._resize(node, made[node], seen.outputs)
             op = self._op(node, made[node], seen.workspace, written)
             (self.forward if node in self.in_forward else self.backward).append(op)
+
+    def _changed(self) -> list[fx.Node]:
+        """Inputs that the graph writes to itself, or returns the new values of, as AOTAutograd describes its outputs."""
+        copied = [n.args[0] for n in self.nodes if n.target is torch.ops.aten.copy_.default]
+        by_description = {n.meta.get("desc"): n for n in self.primals}
+        described = self.nodes[-1].meta.get("desc") or ()
+        returned = [by_description.get(getattr(d, "mutated_input", None)) for d in described]
+        return [n for n in [*copied, *returned] if isinstance(n, fx.Node) and n.op == "placeholder"]
 
     def step(self, title: str) -> Step:
         return Step(

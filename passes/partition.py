@@ -86,7 +86,10 @@ def _mutated_inputs() -> frozenset[int]:
     """Inputs that the step writes to, as AOTAutograd found them."""
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
-    return frozenset(metadata.mutated_inp_runtime_indices) if metadata is not None else frozenset()
+    if metadata is None:
+        return frozenset()
+    # not mutated_inp_runtime_indices: it leaves out the inputs that the graph itself writes to, with copy_
+    return frozenset(i for i, info in enumerate(metadata.input_info) if info.mutates_data)
 
 
 def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:
