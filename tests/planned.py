@@ -184,6 +184,4 @@ def _peaks_between_sentinels(timeline: memplan.Timeline) -> list[int]:
     """The peak above base in each stretch that a pair of sentinels encloses."""
     marks = sorted((b.start, b.end) for b in timeline.blocks if b.bytes == SENTINEL)
     assert marks and len(marks) % 2 == 0
-    return [
-        max(timeline.totals[marks[i][1] : marks[i + 1][0]]) - timeline.base_bytes for i in range(0, len(marks), 2)
-    ]
+    return [max(timeline.totals[marks[i][1] : marks[i + 1][0]]) - timeline.base_bytes for i in range(0, len(marks), 2)]

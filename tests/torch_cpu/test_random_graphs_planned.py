@@ -14,7 +14,7 @@ from memplan.ir import Budget, Keep, Recompute
 from memplan.passes.check import check
 from memplan.passes.policies import FunctionPolicy, builtin
 from tests.planned import NOTHING, Joint
-from tests.random_graphs import Call, Program, programs
+from tests.random_graphs import Program, programs
 
 SEED = 2
 
