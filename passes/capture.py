@@ -122,7 +122,7 @@ class _Reader:
             (self.forward if node in self.in_forward else self.backward).append(op)
 
     def _changed(self) -> list[fx.Node]:
-        """Inputs that the graph writes to itself, or returns the new values of, as AOTAutograd describes its outputs."""
+        """Inputs that the graph writes to itself, or returns the new values of, as AOTAutograd describes them."""
         copied = [n.args[0] for n in self.nodes if n.target is torch.ops.aten.copy_.default]
         by_description = {n.meta.get("desc"): n for n in self.primals}
         described = self.nodes[-1].meta.get("desc") or ()

@@ -51,7 +51,7 @@ class _BackwardCalled(Exception):
 
 
 def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partitioner) -> Step:
-    """The Step of `step(*batch)`, priced and measured as the partitioner says. Raises MemplanError without a backward."""
+    """The Step of `step(*batch)`, priced and measured as the partitioner says. MemplanError without a backward."""
     modules = find_modules(step)
     state = {f"{m}:{name}": t for m, module in enumerate(modules) for name, t in _state(module).items()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,4 +1,4 @@
-"""Promises 1 and 3 on real models: a planned step has the unplanned step's gradients, bit for bit, and its peak in bytes.
+"""Promises 1 and 3 on real models: planned, a step has the same gradients, bit for bit, and the peak it predicted.
 
 Each model is traced once per dropout and dtype, and run under every built-in policy. CI runs each model in the two
 configurations that differ most; the other two are slow. One test per model goes through torch.compile as users do.
