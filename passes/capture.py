@@ -9,6 +9,7 @@ outputs need it, else backward, in the graph's order. `capture`, `lifetimes` of 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
 from memplan.passes import costs, one_hot
 from memplan.passes.compat import size_hint, symbol_hint
+from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
 LARGE_MASK = 2**24  # bytes from which a T x T mask is worth a note
@@ -49,7 +51,7 @@ def capture(
     parameters: Collection[int],
     mutated: Collection[int] = (),
     names: Sequence[str] = (),
-    workspaces: Callable[[Sequence[fx.Node]], Mapping[str, int]] = lambda _: {},
+    workspaces: Callable[[Sequence[fx.Node]], Mapping[str, Inside]] = lambda _: {},
     fused: bool = False,
     title: str = "step",
 ) -> Step:
@@ -91,7 +93,7 @@ class _Reader:
         self.tangents: list[int] = []
         self.symbols: dict[str, int] = {}
 
-    def read(self, workspaces: Callable[[Sequence[fx.Node]], Mapping[str, int]]) -> None:
+    def read(self, workspaces: Callable[[Sequence[fx.Node]], Mapping[str, Inside]]) -> None:
         inputs = {node: i for i, node in enumerate(self.primals)}
         made: dict[fx.Node, tuple[int, ...]] = {}
         for node in self.nodes:
@@ -112,10 +114,22 @@ class _Reader:
                 self.of_node[node] = self._known(node.meta.get("val"))
         ops = [n for n in made if made[n] or _has_effects(n)]
         inside = workspaces(ops)
-        written = {t for i in self.mutated for t in self.of_node[self.primals[i]]}
+        changed = [self.primals[i] for i in self.mutated] + self._changed()
+        written = {t for node in changed for t in self.of_node[node]}
         for node in ops:
-            op = self._op(node, made[node], inside.get(node.name, 0), written)
+            seen = inside.get(node.name, Inside(0))
+            if not self.fused:  # a compiler that fuses allocates what the result shows
+                self._resize(node, made[node], seen.outputs)
+            op = self._op(node, made[node], seen.workspace, written)
             (self.forward if node in self.in_forward else self.backward).append(op)
+
+    def _changed(self) -> list[fx.Node]:
+        """Inputs that the graph writes to itself, or returns the new values of, as AOTAutograd describes them."""
+        copied = [n.args[0] for n in self.nodes if n.target is torch.ops.aten.copy_.default]
+        by_description = {n.meta.get("desc"): n for n in self.primals}
+        described = self.nodes[-1].meta.get("desc") or ()
+        returned = [by_description.get(getattr(d, "mutated_input", None)) for d in described]
+        return [n for n in [*copied, *returned] if isinstance(n, fx.Node) and n.op == "placeholder"]
 
     def step(self, title: str) -> Step:
         return Step(
@@ -152,6 +166,13 @@ class _Reader:
                     self.tensors.append(self._tensor(node, name, tensor, kind))
                 found.append(self.storage_of[key])
         self.of_node[node] = tuple(dict.fromkeys(found))
+
+    def _resize(self, node: fx.Node, made: Collection[int], sizes: Sequence[int]) -> None:
+        """Give the storages that the op makes the sizes that its kernel allocates."""
+        for key, size in zip(storage_keys(node), sizes, strict=False):
+            t = self.storage_of[key]
+            if t in made and self.tensors[t].formula is None:
+                self.tensors[t] = dataclasses.replace(self.tensors[t], bytes=size)
 
     def _tensor(self, node: fx.Node, name: str, value: torch.Tensor, kind: Kind) -> Tensor:
         size = value.untyped_storage().nbytes()

@@ -73,10 +73,14 @@ class Partitioner:
         notes = (*self.notes, *step.notes)
         return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved, notes=notes)
 
-    def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, int]:
+    def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, workspaces.Inside]:
         calls = [workspaces.call_of(n) for n in nodes]
-        here = self.measure and self.machine.device == "cpu"
-        found = workspaces.measure(calls) if here else [workspaces.by_rule(c, self.machine) for c in calls]
+        if not self.measure or self.machine.device != "cpu":
+            found = [workspaces.Inside(workspaces.by_rule(c, self.machine)) for c in calls]
+        elif self.inner == "inductor":
+            found = [workspaces.Inside(b) for b in workspaces.measure(calls)]
+        else:
+            found = workspaces.run_alone(calls)
         return {n.name: b for n, b in zip(nodes, found, strict=True)}
 
 
@@ -84,7 +88,10 @@ def _mutated_inputs() -> frozenset[int]:
     """Inputs that the step writes to, as AOTAutograd found them."""
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
-    return frozenset(metadata.mutated_inp_runtime_indices) if metadata is not None else frozenset()
+    if metadata is None:
+        return frozenset()
+    # not mutated_inp_runtime_indices: it leaves out the inputs that the graph itself writes to, with copy_
+    return frozenset(i for i, info in enumerate(metadata.input_info) if info.mutates_data)
 
 
 def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:

@@ -131,6 +131,7 @@ def _reachable(value: Any) -> Iterator[Any]:
     elif inspect.isfunction(value):
         variables = inspect.getclosurevars(inspect.unwrap(value))
         yield from variables.nonlocals.values()
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         yield from (v for v in variables.globals.values() if not inspect.ismodule(v))
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
@@ -197,11 +198,14 @@ class _SourceLines(TorchFunctionMode):
 def _as_compiled() -> Iterator[None]:
     """Let models take the branches they take under torch.compile, and put the random generator back."""
     state = torch.get_rng_state()
+    counters = {name: counter.copy() for name, counter in torch._dynamo.utils.counters.items()}
     try:
         with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
             yield
     finally:
         torch.set_rng_state(state)
+        torch._dynamo.utils.counters.clear()
+        torch._dynamo.utils.counters.update(counters)
 
 
 def _decompositions(inner: str) -> dict[Any, Any]:

@@ -27,6 +27,17 @@ from memplan.passes.compat import size_hint
 _MARK = "memplan::workspace::"
 
 
+class Inside(NamedTuple):
+    """What running an op showed. `outputs`: the bytes of the storage behind each tensor it returns.
+
+    Kernels may allocate more for a result than it shows, and keep it: `mse_loss` reduces in place of its unreduced
+    result, `copy` clones the whole storage of a view.
+    """
+
+    workspace: int
+    outputs: tuple[int, ...] = ()  # empty: not known
+
+
 class Call(NamedTuple):
     """One call of an op, with fake tensors among its arguments, and the fake result."""
 
@@ -43,7 +54,13 @@ def call_of(node: fx.Node) -> Call:
 
 
 def measure(calls: Sequence[Call]) -> list[int]:
-    """Workspace bytes of each call; 0 for ops that cannot be run alone on zeros.
+    """Bytes at each call's peak beyond the storages that its fake result says it makes; 0 if it cannot run on zeros."""
+    found = run_alone(calls)
+    return [f.workspace + max(0, sum(f.outputs) - _fake_bytes(c)) for f, c in zip(found, calls, strict=True)]
+
+
+def run_alone(calls: Sequence[Call]) -> list[Inside]:
+    """What each call does inside; Inside(0) for ops that cannot be run alone on zeros.
 
     Raises MemplanError while another profiler runs: torch has only one.
     """
@@ -60,16 +77,18 @@ def measure(calls: Sequence[Call]) -> list[int]:
     try:
         with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peaks = _peaks([calls[group[0]] for group in groups.values()])
+            found = _run([calls[group[0]] for group in groups.values()])
     finally:
         torch.set_rng_state(generator)
-    out = [0] * len(calls)
-    for group, peak in zip(groups.values(), peaks, strict=True):
-        results = costs.tensors(calls[group[0]].result)
-        outputs = sum(size_hint(t.untyped_storage().nbytes()) for t in results)
+    out = [Inside(0)] * len(calls)
+    for group, inside in zip(groups.values(), found, strict=True):
         for i in group:
-            out[i] = max(0, peak - outputs)
+            out[i] = inside
     return out
+
+
+def _fake_bytes(call: Call) -> int:
+    return sum(size_hint(t.untyped_storage().nbytes()) for t in costs.tensors(call.result))
 
 
 def by_rule(call: Call, machine: Machine) -> int:
@@ -89,36 +108,38 @@ def _runnable(call: Call) -> bool:
 def _signature(call: Call) -> Any:
     def describe(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return (tuple(map(size_hint, value.shape)), tuple(map(size_hint, value.stride())), str(value.dtype))
+            return (*_layout(value), str(value.dtype))
         return str(size_hint(value)) if isinstance(value, torch.SymInt) else repr(value)
 
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     return (str(call.target), str(spec), tuple(describe(leaf) for leaf in leaves))
 
 
-def _peaks(calls: Sequence[Call]) -> list[int]:
-    """Peak bytes allocated inside each op, outputs included; 0 where it could not be run."""
-    failed: set[int] = set()
+def _run(calls: Sequence[Call]) -> list[Inside]:
+    """Each call, run once; Inside(0) where that failed."""
+    sizes: dict[int, tuple[int, ...]] = {}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         for i, call in enumerate(calls):
             try:
                 args, kwargs = pytree.tree_map(_real, (call.args, call.kwargs))
                 with record_function(f"{_MARK}{i}"):
                     result = call.target(*args, **kwargs)
+                sizes[i] = tuple(t.untyped_storage().nbytes() for t in costs.tensors(result))
                 del args, kwargs, result
             except Exception:  # zeros are not valid input to every op; its workspace then stays unknown
-                failed.add(i)
+                continue
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
-    peaks = [0] * len(calls)
+    found = [Inside(0)] * len(calls)
     stack = list(trace.profiler.kineto_results.experimental_event_tree())
     while stack:
         event = stack.pop()
         if event.name.startswith(_MARK):
             i = int(event.name.removeprefix(_MARK))
-            peaks[i] = 0 if i in failed else _peak_inside(event)
+            if i in sizes:
+                found[i] = Inside(max(0, _peak_inside(event) - sum(sizes[i])), sizes[i])
         else:
             stack.extend(event.children)
-    return peaks
+    return found
 
 
 def _peak_inside(event: _ProfilerEvent) -> int:
@@ -142,6 +163,11 @@ def _real(value: Any) -> Any:
         return size_hint(value)
     if not isinstance(value, torch.Tensor):
         return value
-    shape, stride = [size_hint(n) for n in value.shape], [size_hint(n) for n in value.stride()]
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
-    return torch.zeros(max(extent, 0), dtype=value.dtype).as_strided(shape, stride)
+    shape, stride, offset, size = _layout(value)
+    return torch.zeros(size // value.dtype.itemsize, dtype=value.dtype).as_strided(shape, stride, offset)
+
+
+def _layout(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """Shape, stride, offset, and the bytes of the storage: some kernels clone all of it."""
+    shape, stride = tuple(map(size_hint, value.shape)), tuple(map(size_hint, value.stride()))
+    return shape, stride, size_hint(value.storage_offset()), size_hint(value.untyped_storage().nbytes())

@@ -1,0 +1,85 @@
+"""Promises 1 and 3 on real models: planned, a step has the same gradients, bit for bit, and the peak it predicted.
+
+Each model is traced once per dropout and dtype, and run under every built-in policy. CI runs each model in the two
+configurations that differ most; the other two are slow. One test per model goes through torch.compile as users do.
+"""
+
+import pytest
+import torch
+
+import memplan
+from memplan.backend import memplan_backend
+from memplan.ir import Plan, Recompute
+from tests.models import CASES, Case
+from tests.planned import NOTHING, Joint, frozen_heap
+
+POLICIES = (
+    "save-all", "block-checkpoint", "sqrt-n", "greedy", "torch-min-cut", "torch-budget-0.75", "torch-budget-0.5",
+    "torch-budget-0.25", "torch-budget-0",
+)  # fmt: skip
+SEED = 3
+
+
+def test_every_built_in_policy_is_tested() -> None:
+    from memplan.passes.policies import builtin
+
+    assert sorted(POLICIES) == sorted(builtin())
+
+
+CONFIGURATIONS = [
+    pytest.param(0.0, torch.float32, id="float32"),
+    pytest.param(0.1, torch.bfloat16, id="dropout-bfloat16"),
+    pytest.param(0.1, torch.float32, id="dropout-float32", marks=pytest.mark.slow),
+    pytest.param(0.0, torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(step, sample) -> list[torch.Tensor]:
+    """The loss and the gradients."""
+    sample.module.zero_grad()
+    torch.manual_seed(SEED)
+    loss = step(sample.batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in sample.module.parameters())]
+
+
+@pytest.mark.parametrize(("dropout", "dtype"), CONFIGURATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_policy_has_the_same_bits_and_the_bytes_it_predicts(case: Case, dropout, dtype) -> None:
+    sample = case.make(dropout=dropout, dtype=dtype)
+    expected = run(torch.compile(sample.step, backend="aot_eager", fullgraph=True), sample)
+    joint = Joint.of_step(sample.step, sample.batch)
+    position = {t.data_ptr(): i for i, t in enumerate(joint.inputs)}
+    wanted = [joint.num_fwd_outputs + position[p.data_ptr()] for p in sample.module.parameters()]
+
+    plans = [joint.plan(policy) for policy in POLICIES]
+    plans.append(joint.plan("greedy", NOTHING))
+    assert any(isinstance(d, Recompute) for plan in plans for _, d in plan.decisions)
+    results, peaks = joint.run(plans, seed=SEED)
+    for plan, result, peak in zip(plans, results, peaks, strict=True):
+        for a, b in zip([result[0], *(result[i] for i in wanted)], expected, strict=True):
+            assert a is not None and torch.equal(a, b), f"{plan.policy}: {(a - b).abs().max()}"
+        assert peak == plan.timeline.peak_above_base, plan.policy
+
+
+@pytest.mark.parametrize(("case", "policy"), list(zip(CASES, ("greedy", *POLICIES[:6]), strict=True)), ids=str)
+def test_through_torch_compile(case: Case, policy: str, tmp_path) -> None:
+    sample = case.make(dropout=0.1)
+    expected = run(torch.compile(sample.step, backend="aot_eager", fullgraph=True), sample)
+    torch._dynamo.reset()
+    options = {"policy": policy, "inner": "eager", "out": tmp_path / "plan.json"}
+    planned = torch.compile(sample.step, backend=memplan_backend, options=options, fullgraph=True)
+    for a, b in zip(run(planned, sample), expected, strict=True):
+        assert torch.equal(a, b)
+    sample.module.zero_grad()
+    with frozen_heap(), memplan.record("cpu") as seen:
+        torch.manual_seed(SEED)
+        planned(sample.batch).backward()
+    assert seen.timeline.peak_above_base == Plan.load(tmp_path / "plan.json").timeline.peak_above_base
