@@ -146,7 +146,7 @@ class _ExternKernels:
         def call(*args: Any, **kwargs: Any) -> Any:
             if "out" in kwargs:
                 return kwargs["out"]
-            function = getattr(torch.ops.aten, name)
+            function = getattr(torch.ops.aten, name).default
             ghosts = [g for g in pytree.tree_leaves((args, kwargs)) if isinstance(g, Ghost)]
             return _run_op(self.tape, function, args, kwargs, ghosts)
 
@@ -158,8 +158,6 @@ def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[
     args, kwargs = pytree.tree_map_only(Ghost, lambda g: g.value, (args, kwargs))
     with tape.mode:
         result = function(*args, **kwargs)
-    if isinstance(function, torch._ops.OpOverload):
-        tape.calls.append((tape.tick(), Call(function, args, kwargs, result)))
     known = {g.value.untyped_storage()._cdata: g.buffer for g in ghosts}
 
     def wrap(value: torch.Tensor) -> Ghost:
@@ -168,4 +166,7 @@ def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[
             known[storage._cdata] = _Buffer(tape, storage.nbytes(), str(function))
         return Ghost(value, known[storage._cdata], tape)
 
-    return pytree.tree_map_only(torch.Tensor, wrap, result)
+    wrapped = pytree.tree_map_only(torch.Tensor, wrap, result)
+    if isinstance(function, torch._ops.OpOverload):  # its workspace is alive beside its results
+        tape.calls.append((tape.tick(), Call(function, args, kwargs, result)))
+    return wrapped

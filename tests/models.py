@@ -152,12 +152,13 @@ class UNet(nn.Module):
         return out
 
 
-def unet(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Sample:
+def unet(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32, images: int = 2, size: int = 16) -> Sample:
     """A small U-Net that removes noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = UNet(8, dropout).to(dtype).train()
-        batch = Images(torch.randn(2, 3, 16, 16, dtype=dtype), torch.randn(2, 3, 16, 16, dtype=dtype))
+        shape = (images, 3, size, size)
+        batch = Images(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
 
     def step(batch: Images) -> torch.Tensor:
         return F.mse_loss(module(batch.noisy_NCHW).float(), batch.clean_NCHW.float())
