@@ -203,6 +203,7 @@ class _Reader:
         value = costs.tensors(node.meta.get("val"))
         arguments = costs.tensors(node.args)
         dtype = next((str(t.dtype).removeprefix("torch.") for t in [*arguments, *value] if t.is_floating_point()), "")
+        fusion = costs.fusion(node) if self.fused else "extern"
         return Op(
             name=node.name,
             target=str(node.target),
@@ -211,8 +212,8 @@ class _Reader:
             flops=costs.flops(node),
             traffic=costs.traffic(node),
             dtype=dtype,
-            fusion=costs.fusion(node) if self.fused else "extern",
-            workspace_bytes=workspace,
+            fusion=fusion,
+            workspace_bytes=workspace if fusion == "extern" else 0,  # what is fused is no longer that op's kernel
             fixed=_fixed(node, inputs, written),
             rng_bytes=_rng_bytes(node, value),
             source=source_line(node),

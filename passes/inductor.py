@@ -62,34 +62,39 @@ def compile_inductor(
     """Inductor's callable for the graph. Raises DoesNotFit when no plan's generated code is inside the budget."""
     budget, wanted = partitioner.budget, partitioner.budget.available
     tried: list[Plan] = []
-    for attempt in range(1, ROUNDS + 1):
-        last = attempt == ROUNDS
-        target = Budget(0 if last else wanted)
-        compiled, plan, predicted = _compile(
-            graph, example_inputs, dataclasses.replace(partitioner, budget=target), config
-        )
+    # At last the smallest plan, in the order that Inductor thinks best: its fusions may suit that one better.
+    rounds = [False] * (ROUNDS - 1) + [True]
+    while rounds:
+        last = rounds.pop(0)
+        target = dataclasses.replace(partitioner, budget=Budget(0 if last else wanted))
+        compiled, plan, predicted = _compile(graph, example_inputs, target, config, reorder=last)
         if plan is None:  # nothing to plan: a graph without a backward
             return compiled
-        note = f"planned {attempt} times until the generated code fitted" if attempt > 1 else ""
-        plan = dataclasses.replace(plan, budget=budget, notes=(*plan.notes, note) if note else plan.notes)
+        notes = (f"planned {len(tried) + 1} times until the generated code fitted",) if tried else ()
+        plan = dataclasses.replace(plan, budget=budget, notes=plan.notes + notes)
         if plan.fits:
             partitioner.on_plan(plan)
             return compiled
         tried.append(plan)
         if predicted > wanted:  # the policy has nothing smaller
-            break
+            rounds = rounds[-1:]
         base = plan.step.base_bytes
         wanted = base + int((predicted - base) * (budget.available - base) / max(1, plan.peak - base) * MARGIN)
     raise does_not_fit(tried[0], min(tried, key=lambda p: p.peak))
 
 
 def _compile(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner, config: dict[str, Any]
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: Partitioner,
+    config: dict[str, Any],
+    *,
+    reorder: bool,
 ) -> tuple[Callable[..., Any], Plan | None, int]:
     """The callable, its plan with the generated code's timeline, and the peak that was predicted before."""
     recorded, sources = _Recorded(partitioner), list[str]()
-    # Operators stay in the plan's order: Inductor's own reordering knows nothing of recomputation just in time.
-    patches = {"reorder_for_peak_memory": False} | config | {"custom_partitioner_fn": recorded}
+    # Without `reorder` ops stay in the plan's order: Inductor's own knows nothing of recomputation just in time.
+    patches = {"reorder_for_peak_memory": reorder} | config | {"custom_partitioner_fn": recorded}
     with (
         mock.patch.object(GraphLowering, "save_output_code", sources.append),
         # AOTAutograd's own cache would skip the partitioner: no plan, and no check of what is generated.
