@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for tests.models, which is not installed
 
@@ -51,18 +53,24 @@ def measure(sample: Sample, step: Callable[[Any], torch.Tensor]) -> dict[str, fl
 def planned(sample: Sample, inner: str, budget: int) -> dict[str, float]:
     """One budget: what was planned and what was measured."""
     torch._dynamo.reset()
-    plans: list[memplan.Plan] = []
-    policy = "greedy"
-    step = torch.compile(
-        sample.step, backend=memplan_backend, options={"budget": budget, "inner": inner, "policy": policy, "out": OUT}
-    )
-    figures = measure(sample, step)
-    plans.append(memplan.Plan.load(OUT))
-    timeline = plans[-1].timeline
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/plan.json"
+        options = {"budget": budget, "inner": inner, "out": out}
+        figures = measure(sample, torch.compile(sample.step, backend=memplan_backend, options=options))
+        timeline = memplan.Plan.load(out).timeline
     return {"budget": budget - timeline.base_bytes, "planned": timeline.peak_above_base} | figures
 
 
-OUT = "/tmp/memplan_six_layer_plan.json"
+def smallest_budget(sample: Sample, inner: str) -> int:
+    """The smallest budget that fits, as the refusal of one byte names it."""
+    torch._dynamo.reset()
+    try:
+        planned(sample, inner, 1)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, memplan.DoesNotFit):
+            return error.inner_exception.smallest
+        raise
+    raise AssertionError("one byte was enough")
 
 
 def main() -> int:
@@ -89,19 +97,11 @@ def main() -> int:
                 show(f"torch budget {ratio}", measure(sample, torch.compile(sample.step, backend=backend)))
     torch._dynamo.reset()
     by_hand = six_layer()
-    by_hand.module.model.layers.apply(lambda m: None)
-    by_hand.module.train()
     by_hand.module.activation_checkpointing_enable()
     show("every layer checkpointed", measure(by_hand, torch.compile(by_hand.step, backend=backend)))
 
-    torch._dynamo.reset()
     base = sum(t.untyped_storage().nbytes() for t in [*sample.module.parameters(), *sample.batch])
-    try:
-        planned(sample, args.inner, 1)
-    except Exception as error:
-        cause = error if isinstance(error, memplan.DoesNotFit) else getattr(error, "inner_exception", None)
-        assert isinstance(cause, memplan.DoesNotFit), error
-        least = cause.smallest
+    least = smallest_budget(sample, args.inner)
     top = base + int(rows["unplanned"]["peak"])
     broken = []
     before = None
