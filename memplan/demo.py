@@ -172,6 +172,7 @@ def run(
     step = make_step(model, CONFIG)
     # Eager is compared with the step as written: aot_eager would already recompute what torch's partitioner picks.
     unplanned = measure("unplanned", step if inner == "eager" else torch.compile(step, fullgraph=True))
+    model.zero_grad(set_to_none=True)  # gradients left over would count against the budgets
     if budgets is None:
         with _progress(console, "looking for the smallest budget"):
             smallest = smallest_budget(step, batch, inner)
