@@ -165,14 +165,14 @@ def run(
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), initial, strict=True):
                 parameter.copy_(torch.from_numpy(value))
-        model.zero_grad(set_to_none=True)
         with _progress(console, f"{steps} steps, {name}"):
-            return train(model, step, batch, steps)
+            outcome = train(model, step, batch, steps)
+        model.zero_grad(set_to_none=True)  # gradients left over would count against the next budget
+        return outcome
 
     step = make_step(model, CONFIG)
     # Eager is compared with the step as written: aot_eager would already recompute what torch's partitioner picks.
     unplanned = measure("unplanned", step if inner == "eager" else torch.compile(step, fullgraph=True))
-    model.zero_grad(set_to_none=True)  # gradients left over would count against the budgets
     if budgets is None:
         with _progress(console, "looking for the smallest budget"):
             smallest = smallest_budget(step, batch, inner)
