@@ -72,7 +72,9 @@ def _limits(example_inputs: Sequence[Any]) -> list[str]:
 
 def _report(plan: Plan, options: Options) -> None:
     log.info("%s", plan)
-    for note in [*plan.step.notes, *plan.notes]:
+    for note in plan.notes:
+        log.info("%s", note)
+    for note in plan.step.notes:  # what the plan cannot promise
         log.warning("%s", note)
     if options.out is not None:
         plan.save(options.out)

@@ -3,7 +3,7 @@
 In: a Dynamo graph and a Partitioner. Out: Inductor's callable, whose generated code was seen to fit.
 Before any of it runs, forward and backward are generated and run on ghosts (wrapper.py), so the reported
 timeline is that of the code itself. Where it is over the budget the plan is made again for a budget scaled
-by the ratio of what was wanted to what was generated, at most ROUNDS times.
+by the ratio of what was wanted to what was generated, at most ROUNDS times; then the smallest plan is tried.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memplan.passes.partition import Partitioner
 from memplan.passes.pipeline import does_not_fit
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
 
-ROUNDS = 4
+ROUNDS = 3
 MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
 
 
@@ -62,12 +62,12 @@ def compile_inductor(
     """Inductor's callable for the graph. Raises DoesNotFit when no plan's generated code is inside the budget."""
     budget, wanted = partitioner.budget, partitioner.budget.available
     tried: list[Plan] = []
-    # At last the smallest plan, in the order that Inductor thinks best: its fusions may suit that one better.
-    rounds = [False] * (ROUNDS - 1) + [True]
+    # (the smallest plan, in Inductor's order): that order suits its fusions better now and then, so it is tried last.
+    rounds = [(False, False)] * ROUNDS + [(True, False), (True, True)]
     while rounds:
-        last = rounds.pop(0)
-        target = dataclasses.replace(partitioner, budget=Budget(0 if last else wanted))
-        compiled, plan, predicted = _compile(graph, example_inputs, target, config, reorder=last)
+        smallest, reorder = rounds.pop(0)
+        target = dataclasses.replace(partitioner, budget=Budget(0 if smallest else wanted))
+        compiled, plan, predicted = _compile(graph, example_inputs, target, config, reorder=reorder)
         if plan is None:  # nothing to plan: a graph without a backward
             return compiled
         notes = (f"planned {len(tried) + 1} times until the generated code fitted",) if tried else ()
@@ -122,13 +122,14 @@ def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str]) -> Timel
     outputs, saved = results[: recorded.num_fwd_outputs], results[recorded.num_fwd_outputs :]
     symbols = [s for s in saved if not hasattr(s, "buffer")]
     args = symbols + [s for s in saved if hasattr(s, "buffer")]
-    args += [ghost(tape, v, "tangent") for v in backward_inputs[len(args) :]]
+    tangents = [ghost(tape, v, "tangent") for v in backward_inputs[len(args) :]]  # autograd holds them to the end
+    args += tangents
     del results, saved
     gradients = run_wrapper(sources[1], tape, args)
     end = tape.tick()
     kept = {g.buffer.id for g in gradients if getattr(g, "buffer", None)}
     timeline = _timeline(plan, tape, split, end, kept)
-    del outputs, gradients
+    del outputs, gradients, tangents
     return timeline
 
 
