@@ -24,7 +24,8 @@ def make_plan(
     chosen = policies.find(policy)
     plan = evaluate(step, _ask(chosen, step, budget, machine), budget, machine, inner, policies.name_of(policy))
     if fit and not plan.fits:
-        raise does_not_fit(plan, smallest(step, machine, inner))
+        # Greedy has looked for the smallest plan already.
+        raise does_not_fit(plan, plan if isinstance(chosen, Greedy) else smallest(step, machine, inner))
     return plan
 
 
