@@ -142,7 +142,7 @@ class _Reader:
             resident=tuple(self.resident),
             sizes=tuple(sorted(self.symbols.items())),
             fused=self.fused,
-            notes=tuple(self._masks()),
+            notes=(*self._masks(), *self._estimates()),
         )
 
     def _known(self, value: Any) -> tuple[int, ...]:
@@ -223,6 +223,16 @@ class _Reader:
     def _outputs(self, nodes: Sequence[Any]) -> tuple[int, ...]:
         found = (t for n in nodes if isinstance(n, fx.Node) for t in self.of_node.get(n, ()))
         return tuple(t for t in dict.fromkeys(found) if t not in self.resident)
+
+    def _estimates(self) -> list[str]:
+        """Ops whose memory inside depends on the data."""
+        grouped = [op for op in self.forward if "_grouped_mm" in op.target and op.dtype != "float32"]
+        if not grouped:
+            return []
+        return [
+            f"{len(grouped)} grouped products, the first at {grouped[0].source or 'an unknown line'}: the memory inside "
+            "them depends on which rows go to which group; equal groups were assumed"
+        ]
 
     def _masks(self) -> list[str]:
         """Square masks that tracing made real: named, because they can cost more than the step."""

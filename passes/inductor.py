@@ -27,6 +27,7 @@ from memplan.passes.pipeline import does_not_fit
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
 
 ROUNDS = 3
+AROUND = 1024  # bytes kept for what runs around the generated code: seeds of gradients, kernels' own odd bytes
 MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
 
 
@@ -60,7 +61,9 @@ def compile_inductor(
     graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner, config: dict[str, Any]
 ) -> Callable[..., Any]:
     """Inductor's callable for the graph. Raises DoesNotFit when no plan's generated code is inside the budget."""
-    budget, wanted = partitioner.budget, partitioner.budget.available
+    budget = partitioner.budget
+    budget = dataclasses.replace(budget, reserve_bytes=budget.reserve_bytes + AROUND)
+    wanted = budget.available
     tried: list[Plan] = []
     # (the smallest plan, in Inductor's order): that order suits its fusions better now and then, so it is tried last.
     rounds = [(False, False)] * ROUNDS + [(True, False), (True, True)]
