@@ -230,8 +230,8 @@ class _Reader:
         if not grouped:
             return []
         return [
-            f"{len(grouped)} grouped products, the first at {grouped[0].source or 'an unknown line'}: the memory inside "
-            "them depends on which rows go to which group; equal groups were assumed"
+            f"{len(grouped)} grouped products, the first at {grouped[0].source or 'an unknown line'}: the memory "
+            "inside depends on which rows go to which group; the most of three ways to group them was assumed"
         ]
 
     def _masks(self) -> list[str]:

@@ -66,9 +66,11 @@ def test_every_policy_has_the_same_bits_and_the_bytes_it_predicts(case: Case, dr
     for plan, result, peak in zip(plans, results, peaks, strict=True):
         for a, b in zip([result[0], *(result[i] for i in wanted)], expected, strict=True):
             assert a is not None and torch.equal(a, b), f"{plan.policy}: {(a - b).abs().max()}"
-        # Grouped products in bfloat16 pack each group, so their memory depends on the routing: an estimate, and noted.
-        slack = 0.05 if any("grouped" in note for note in plan.step.notes) else 0
-        assert peak == pytest.approx(plan.timeline.peak_above_base, rel=slack, abs=0), plan.policy
+        if any("grouped" in note for note in plan.step.notes):
+            # In bfloat16 they pack each group, so their memory depends on the routing: an upper estimate, and noted.
+            assert peak <= plan.timeline.peak_above_base <= 1.15 * peak, plan.policy
+        else:
+            assert peak == plan.timeline.peak_above_base, plan.policy
 
 
 @pytest.mark.parametrize(("case", "policy"), list(zip(CASES, ("greedy", *POLICIES[:6]), strict=True)), ids=str)
