@@ -7,8 +7,6 @@ layers the residual stream, in a U-Net the residual stream and the skips that pa
 inside a block, between a norm's or an MLP's products, are wider than the block's ends near by, and are left out.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from scipy.signal import find_peaks
 
@@ -36,11 +34,6 @@ def frontiers(step: Step) -> list[frozenset[int]]:
         for p, least in zip(deep, narrowest, strict=True)
         if width[p] <= WIDER * least
     ]
-
-
-def sizes(step: Step, storages: Sequence[int] | frozenset[int]) -> int:
-    """Bytes of a set of storages."""
-    return sum(step.tensors[t].bytes for t in storages)
 
 
 def _extent(step: Step) -> tuple[dict[int, int], dict[int, int]]:

@@ -2,7 +2,7 @@
 
 from memplan import steps
 from memplan.ir import Graph, Op, Step, Tensor
-from memplan.passes.blocks import frontiers, sizes
+from memplan.passes.blocks import frontiers
 
 
 class Chain:
@@ -63,7 +63,7 @@ def test_skips_cross_the_boundaries_of_a_unet() -> None:
 def test_boundaries_of_a_recorded_model_are_its_residual_stream() -> None:
     step = steps.load("llama8b_layers_4k_v32000")
     found = frontiers(step)
-    assert {sizes(step, f) for f in found} == {4096 * 4096 * 2}  # bfloat16 [4096, 4096]
+    assert {sum(step.tensors[t].bytes for t in f) for f in found} == {4096 * 4096 * 2}  # bfloat16 [4096, 4096]
     assert all(len(f) == 1 for f in found)
     assert len(found) == 2 * 32 + 2  # after attention and after the MLP of each layer, and both ends
 
