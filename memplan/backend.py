@@ -19,7 +19,7 @@ from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Kind, Plan
 from memplan.options import Options, read_budget
-from memplan.passes.compat import resumed_at
+from memplan.passes.compat import random_draws_stay, resumed_at
 from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
 from memplan.runtime.executor import compile_eager
 
@@ -48,7 +48,8 @@ def memplan_backend(
     )
     if read.inner == "eager":
         compiler = aot_autograd(fw_compiler=compile_eager, bw_compiler=compile_eager, partition_fn=partitioner)
-        return compiler(graph, example_inputs)
+        with random_draws_stay():  # Inductor has random numbers of its own, and leaves out those that nothing reads
+            return compiler(graph, example_inputs)
     from memplan.passes.inductor import compile_inductor
 
     return compile_inductor(graph, example_inputs, partitioner, dict(read.inductor))

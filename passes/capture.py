@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
 from memplan.passes import costs, one_hot
-from memplan.passes.compat import size_hint, symbol_hint
+from memplan.passes.compat import drop_dead_code, random_draws_stay, size_hint, symbol_hint
 from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
@@ -39,7 +39,7 @@ def prepare(joint: fx.GraphModule) -> None:
     for node in list(joint.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             joint.graph.erase_node(node)
-    joint.graph.eliminate_dead_code()
+    drop_dead_code(joint.graph)
     joint.graph = fx_graph_cse(joint.graph)
     joint.recompile()
 
@@ -78,7 +78,8 @@ class _Reader:
         fused: bool,
     ) -> None:
         self.nodes = list(joint.graph.nodes)
-        info = classify_nodes(joint, list(parameters), num_fwd_outputs)
+        with random_draws_stay():
+            info = classify_nodes(joint, list(parameters), num_fwd_outputs)
         self.in_forward = info.required_fw_nodes
         outputs = self.nodes[-1].args[0]
         self.forward_outputs, self.backward_outputs = outputs[:num_fwd_outputs], outputs[num_fwd_outputs:]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import fx
 from torch._functorch import partitioners
 
@@ -42,6 +44,17 @@ def resumed_at() -> str:
     return f"{found[1]}, line {found[2]}" if found else ""
 
 
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Remove what nothing reads and has no effect; to draw random numbers is one, on the next draw."""
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=True))
+
+
+def random_draws_stay() -> contextlib.AbstractContextManager[Any]:
+    """While it is open, torch's partitioner helpers keep random ops that nothing reads, as drop_dead_code does."""
+    patch: contextlib.AbstractContextManager[Any] = torch._inductor.config.patch(fallback_random=True)
+    return patch  # where Graph.eliminate_dead_code looks
+
+
 def extract(
     joint: fx.GraphModule, saved: Sequence[fx.Node], symbols: list[fx.Node], num_fwd_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -49,4 +62,7 @@ def extract(
     more: dict[str, Any] = {}
     if "saved_opaque_nodes" in inspect.signature(partitioners._extract_fwd_bwd_modules).parameters:
         more["saved_opaque_nodes"] = []
-    return partitioners._extract_fwd_bwd_modules(joint, list(saved), symbols, num_fwd_outputs=num_fwd_outputs, **more)
+    with random_draws_stay():
+        return partitioners._extract_fwd_bwd_modules(
+            joint, list(saved), symbols, num_fwd_outputs=num_fwd_outputs, **more
+        )

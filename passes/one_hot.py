@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from memplan.passes.compat import drop_dead_code
+
 aten = torch.ops.aten
 _ZEROS = (
     aten.full.default,
@@ -36,7 +38,7 @@ def rewrite(graph: fx.GraphModule) -> int:
             _replace(graph.graph, node)
             count += 1
     if count:
-        graph.graph.eliminate_dead_code()
+        drop_dead_code(graph.graph)
         graph.recompile()
     return count
 

@@ -37,18 +37,23 @@ def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.G
         if run.again and plan.step.ops[run.op].rng_bytes:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     forward, backward = extract(joint, saved, symbols, num_fwd_outputs)
-    forward.graph = _ordered(forward.graph, _names(plan, plan.forward), "forward")
-    backward.graph = _ordered(backward.graph, _names(plan, plan.backward), "backward")
+    forward.graph = _ordered(forward.graph, _nodes(forward.graph, plan, plan.forward))
+    backward.graph = _ordered(backward.graph, _nodes(backward.graph, plan, plan.backward))
     if any(n.meta.get("recompute") for n in joint.graph.nodes) and any(_is_tangent(n) for n in backward.graph.nodes):
         forward, backward = functionalize_rng_ops(joint, forward, backward, len(symbols))
-        forward.graph, backward.graph = _ordered(forward.graph, (), ""), _ordered(backward.graph, (), "")
+        forward.graph, backward.graph = (_ordered(half.graph, half.graph.nodes) for half in (forward, backward))
     forward.recompile()
     backward.recompile()
     return forward, backward
 
 
-def _names(plan: Plan, runs: Sequence[Run]) -> list[str]:
-    return [plan.step.ops[run.op].name for run in runs]
+def _nodes(graph: fx.Graph, plan: Plan, runs: Sequence[Run]) -> list[fx.Node]:
+    """The nodes of one half of torch's split that the plan runs there, in its order."""
+    by_name = {node.name: node for node in graph.nodes}
+    names = [plan.step.ops[run.op].name for run in runs]
+    if missing := [name for name in names if name not in by_name]:
+        raise MemplanError(f"the plan runs {', '.join(missing)} where torch's split left it out; please report this")
+    return [by_name[name] for name in names]
 
 
 def _is_tangent(node: fx.Node) -> bool:
@@ -67,9 +72,8 @@ def _needs_tangents(node: fx.Node) -> bool:
     return False
 
 
-def _ordered(graph: fx.Graph, names: Iterable[str], where: str) -> fx.Graph:
-    """The graph with the named nodes in the given order, views just before their use, getitems just after."""
-    by_name = {node.name: node for node in graph.nodes}
+def _ordered(graph: fx.Graph, order: Iterable[fx.Node]) -> fx.Graph:
+    """The graph with just these nodes and the views they need: views just before their use, getitems just after."""
     new, env = fx.Graph(), dict[fx.Node, fx.Node]()
 
     def emit(node: fx.Node) -> None:
@@ -87,13 +91,6 @@ def _ordered(graph: fx.Graph, names: Iterable[str], where: str) -> fx.Graph:
                     if user.target is getitem and user not in env:
                         env[user] = new.node_copy(user, lambda x: env[x])
 
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            emit(node)
-    for name in names:
-        if name not in by_name:
-            raise MemplanError(f"the plan runs {name} in {where}, and torch's split left it out; please report this")
-        emit(by_name[name])
-    for node in graph.nodes:
+    for node in (*graph.find_nodes(op="placeholder"), *order, graph.output_node()):
         emit(node)
     return new

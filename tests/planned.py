@@ -128,7 +128,8 @@ class Joint:
             return split(_copied(self.graph), plan, self.num_fwd_outputs)
 
     def run(self, plans: Sequence[Plan], seed: int) -> tuple[list[list[torch.Tensor | None]], list[int]]:
-        """For each plan: the step's outputs and gradients, and the peak of its bytes beyond what was there before.
+        """For each plan: the step's outputs and gradients, the next random number, and the peak of its bytes beyond
+        what was there before.
 
         Results of earlier plans do not count, because they are moved into memory that is there already.
         """
@@ -150,6 +151,7 @@ class Joint:
                     assert (into is None) == (result is None)
                     if into is not None and result is not None:
                         into.copy_(result)
+                place.append(torch.rand(1))
                 del results, result
         return places, _peaks_between_sentinels(seen.timeline)
 

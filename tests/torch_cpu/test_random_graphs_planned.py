@@ -1,5 +1,5 @@
-"""Random programs under random decisions and every policy: the plan is valid, the bits are the program's, the bytes
-are those predicted, exactly.
+"""Random programs under random decisions and every policy: the plan is valid, the bits are the program's, the next
+random number after it too, and the bytes are those predicted, exactly.
 
 Tracing, capture and measuring take most of the time, so each program is traced once and its different plans run inside
 one recording. CI draws 100 programs (about 1.5 minutes); `-m slow` draws 1,000.
@@ -24,7 +24,7 @@ def expected(program: Program) -> list[torch.Tensor | None]:
     torch.manual_seed(SEED)
     loss = program.run(tensors)
     loss.backward()
-    return [loss.detach(), *(t.grad for t in tensors)]
+    return [loss.detach(), *(t.grad for t in tensors), torch.rand(1)]
 
 
 def random_policy(draw) -> FunctionPolicy:
