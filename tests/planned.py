@@ -141,9 +141,10 @@ class Joint:
         assert len(tangents) == 1 and tangents[0].bytes <= 8, "the step returns a scalar loss"
         like = self._execute(*pairs[0], seed)
         places = [[None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in like] for _ in plans]
+        numbers = [torch.empty(1) for _ in plans]
         del like
         with frozen_heap(), memplan.record("cpu") as seen:
-            for pair, place in zip(pairs, places, strict=True):
+            for pair, place, number in zip(pairs, places, numbers, strict=True):
                 torch.empty(SENTINEL, dtype=torch.int8)
                 results = self._execute(*pair, seed)
                 torch.empty(SENTINEL, dtype=torch.int8)
@@ -151,8 +152,9 @@ class Joint:
                     assert (into is None) == (result is None)
                     if into is not None and result is not None:
                         into.copy_(result)
-                place.append(torch.rand(1))
+                number.uniform_()
                 del results, result
+        places = [[*place, number] for place, number in zip(places, numbers, strict=True)]
         return places, _peaks_between_sentinels(seen.timeline)
 
     def _execute(self, forward: Any, backward: Any, seed: int) -> list[torch.Tensor | None]:
