@@ -42,7 +42,7 @@ def plan(
         budget=allowed,
         machine=target,
         inner=options.inner,
-        on_plan=lambda _: None,
+        on_plan=lambda *_: None,
         measure=options.machine is None,
     )
     traced = trace(step, batch, partitioner)

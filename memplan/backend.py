@@ -6,6 +6,7 @@ the budget. Graphs without a backward are compiled by the inner compiler as they
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
 
 from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Kind, Plan
 from memplan.options import Options, read_budget
-from memplan.passes.compat import random_draws_stay, resumed_at
+from memplan.passes.compat import resumed_at
+from memplan.passes.dispatch import Compiler, compile_by_size
 from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
-from memplan.runtime.executor import compile_eager
 
 log = logging.getLogger("torch.memplan")
 
@@ -41,34 +41,34 @@ def memplan_backend(
         budget=read_budget(read.budget, target),
         machine=target,
         inner=read.inner,
-        on_plan=lambda plan: _report(plan, read),
+        on_plan=lambda *_: None,
         names=tensor_names(graph),
         state=grads if grads[0][1] else (),
-        notes=tuple(_limits(example_inputs)),
+        notes=tuple(_limits()),
     )
-    if read.inner == "eager":
-        compiler = aot_autograd(fw_compiler=compile_eager, bw_compiler=compile_eager, partition_fn=partitioner)
-        with random_draws_stay():  # Inductor has random numbers of its own, and leaves out those that nothing reads
-            return compiler(graph, example_inputs)
+    return compile_by_size(
+        graph, example_inputs, partitioner, _compiler(read), lambda plan: _report(plan, read), dict(read.limits)
+    )
+
+
+def _compiler(options: Options) -> Compiler:
+    if options.inner == "eager":
+        from memplan.passes.eager import compile_planned
+
+        return compile_planned
     from memplan.passes.inductor import compile_inductor
 
-    return compile_inductor(graph, example_inputs, partitioner, dict(read.inductor))
+    return functools.partial(compile_inductor, config=dict(options.inductor))
 
 
-def _limits(example_inputs: Sequence[Any]) -> list[str]:
+def _limits() -> list[str]:
     """What the plan of this graph cannot promise."""
-    notes = []
     if place := resumed_at():
-        notes.append(
+        return [
             f"a graph break ({place}) split the step: each graph is planned alone, so the budget holds for each of "
             "them and not for what they keep for each other"
-        )
-    if any(isinstance(size, torch.SymInt) for size in example_inputs):
-        notes.append(
-            "torch made this graph dynamic: the plan is for the sizes of this call, and larger ones may be over the "
-            "budget; pass dynamic=False to plan each size"
-        )
-    return notes
+        ]
+    return []
 
 
 def _report(plan: Plan, options: Options) -> None:

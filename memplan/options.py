@@ -24,7 +24,8 @@ from memplan.units import parse_bytes as parse_bytes
 FRAGMENTATION_RESERVE = 0.02
 
 _ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
-_NOT_BUILT = ("host_budget", "limits", "optimizer", "tiles")
+_NOT_BUILT = ("host_budget", "optimizer", "tiles")
+_LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Options:
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
     `out`: the file to which the plan is saved, .json or .png.
+    `limits`: the largest sizes to come, {"batch": 8, "tokens": 20480}, for which a step of varying sizes is planned.
     """
 
     budget: str | int | float | None = None
@@ -43,6 +45,7 @@ class Options:
     inner: Literal["inductor", "eager"] = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
     out: str | None = None
+    limits: tuple[tuple[str, int], ...] = ()
 
     @staticmethod
     def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
@@ -78,7 +81,22 @@ class Options:
             if not isinstance(values["out"], (str, Path)):
                 raise MemplanError(f"option 'out' is {values['out']!r}: give the path of a .json or .png file")
             values["out"] = str(values["out"])
-        return Options(**values | {"inductor": tuple(inductor.items())})
+        limits = _sizes(values.get("limits", {}))
+        return Options(**values | {"inductor": tuple(inductor.items()), "limits": limits})
+
+
+def _sizes(limits: object) -> tuple[tuple[str, int], ...]:
+    if not isinstance(limits, Mapping):
+        raise MemplanError(f"option 'limits' is {limits!r}: give a dict of largest sizes, like {{\"tokens\": 20480}}")
+    for name, size in limits.items():
+        if name not in _LIMITS:
+            raise MemplanError(
+                f"limits has {name!r}: there are {' and '.join(_LIMITS)}, the first and the second dimension of "
+                f"inputs{did_you_mean(str(name), _LIMITS)}"
+            )
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise MemplanError(f"limits[{name!r}] is {size!r}: give the largest size to come, an int of at least 1")
+    return tuple(limits.items())
 
 
 def read_budget(value: str | int | float | None, machine: Machine, device_total: int | None = None) -> Budget:

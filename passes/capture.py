@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import getitem
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
 from memplan.passes import costs, one_hot
-from memplan.passes.compat import drop_dead_code, random_draws_stay, size_hint, symbol_hint
+from memplan.passes.calls import Call, Sizes, name, tensors
+from memplan.passes.compat import drop_dead_code, random_draws_stay, symbol_value
 from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
@@ -51,16 +52,18 @@ def capture(
     parameters: Collection[int],
     mutated: Collection[int] = (),
     names: Sequence[str] = (),
-    workspaces: Callable[[Sequence[fx.Node]], Mapping[str, Inside]] = lambda _: {},
+    workspaces: Callable[[Sequence[Call]], Sequence[Inside]] = lambda calls: [Inside(0)] * len(calls),
     fused: bool = False,
     title: str = "step",
+    sizes: tuple[tuple[str, int], ...] = (),
 ) -> Step:
     """The Step of a prepared joint graph.
 
     `parameters` and `mutated` index the primal inputs: those that stay for good, and those that forward writes
-    to. `names` are people's names for the primals. `workspaces` gives the memory inside ops.
+    to. `names` are people's names for the primals. `workspaces` gives the memory inside each op. `sizes` are values
+    for size symbols, in the place of those that the graph was traced with.
     """
-    reader = _Reader(joint, num_fwd_outputs, parameters, mutated, names, fused)
+    reader = _Reader(joint, num_fwd_outputs, parameters, mutated, names, fused, Sizes(sizes))
     reader.read(workspaces)
     return reader.step(title)
 
@@ -76,7 +79,9 @@ class _Reader:
         mutated: Collection[int],
         names: Sequence[str],
         fused: bool,
+        sizes: Sizes,
     ) -> None:
+        self.sizes = sizes
         self.nodes = list(joint.graph.nodes)
         with random_draws_stay():
             info = classify_nodes(joint, list(parameters), num_fwd_outputs)
@@ -94,7 +99,7 @@ class _Reader:
         self.tangents: list[int] = []
         self.symbols: dict[str, int] = {}
 
-    def read(self, workspaces: Callable[[Sequence[fx.Node]], Mapping[str, Inside]]) -> None:
+    def read(self, workspaces: Callable[[Sequence[Call]], Sequence[Inside]]) -> None:
         inputs = {node: i for i, node in enumerate(self.primals)}
         made: dict[fx.Node, tuple[int, ...]] = {}
         for node in self.nodes:
@@ -114,14 +119,13 @@ class _Reader:
             elif node.op == "call_function":
                 self.of_node[node] = self._known(node.meta.get("val"))
         ops = [n for n in made if made[n] or _has_effects(n)]
-        inside = workspaces(ops)
+        calls = [self.sizes.call(n) for n in ops]
         changed = [self.primals[i] for i in self.mutated] + self._changed()
         written = {t for node in changed for t in self.of_node[node]}
-        for node in ops:
-            seen = inside.get(node.name, Inside(0))
+        for node, call, seen in zip(ops, calls, workspaces(calls), strict=True):
             if not self.fused:  # a compiler that fuses allocates what the result shows
                 self._resize(node, made[node], seen.outputs)
-            op = self._op(node, made[node], seen.workspace, written)
+            op = self._op(node, call, made[node], seen.workspace, written)
             (self.forward if node in self.in_forward else self.backward).append(op)
 
     def _changed(self) -> list[fx.Node]:
@@ -147,7 +151,7 @@ class _Reader:
         )
 
     def _known(self, value: Any) -> tuple[int, ...]:
-        keys = map(storage_key, costs.tensors(value))
+        keys = map(storage_key, tensors(value))
         return tuple(dict.fromkeys(self.storage_of[k] for k in keys if k in self.storage_of))
 
     def _storages(self, node: fx.Node, value: Any, kind: Kind, label: str = "") -> None:
@@ -157,7 +161,7 @@ class _Reader:
         many = isinstance(value, (tuple, list))
         found = []
         for k, part in enumerate(value if many else [value]):
-            for tensor in costs.tensors(part):
+            for tensor in tensors(part):
                 key = storage_key(tensor)
                 if key not in self.storage_of and alias is not None:
                     self.storage_of[key] = self.of_node[alias][0]
@@ -178,7 +182,7 @@ class _Reader:
     def _tensor(self, node: fx.Node, name: str, value: torch.Tensor, kind: Kind) -> Tensor:
         size = value.untyped_storage().nbytes()
         return Tensor(
-            name, size_hint(size), kind, tuple(size_hint(n) for n in value.shape),
+            name, self.sizes.of(size), kind, tuple(map(self.sizes.of, value.shape)),
             str(value.dtype).removeprefix("torch."), self._formula(size), source_line(node), layer(node),
         )  # fmt: skip
 
@@ -190,7 +194,7 @@ class _Reader:
         symbols = sorted(expression.free_symbols, key=str)
         if not symbols or not expression.is_polynomial(*symbols):
             return None
-        self.symbols |= {str(s): symbol_hint(size, s) for s in symbols}
+        self.symbols |= {str(s): dict(self.sizes.given).get(str(s)) or symbol_value(size, s) for s in symbols}
         terms = sympy.Poly(expression, *symbols).terms()
         return Polynomial(
             tuple(
@@ -199,24 +203,23 @@ class _Reader:
             )
         )
 
-    def _op(self, node: fx.Node, outputs: tuple[int, ...], workspace: int, written: Collection[int]) -> Op:
+    def _op(self, node: fx.Node, call: Call, outputs: tuple[int, ...], workspace: int, written: Collection[int]) -> Op:
         inputs = tuple(dict.fromkeys(t for n in node.all_input_nodes for t in self.of_node.get(n, ())))
-        value = costs.tensors(node.meta.get("val"))
-        arguments = costs.tensors(node.args)
-        dtype = next((str(t.dtype).removeprefix("torch.") for t in [*arguments, *value] if t.is_floating_point()), "")
-        fusion = costs.fusion(node) if self.fused else "extern"
+        seen = tensors((call.args, call.result))
+        dtype = next((str(t.dtype).removeprefix("torch.") for t in seen if t.is_floating_point()), "")
+        fusion = costs.fusion(call) if self.fused else "extern"
         return Op(
             name=node.name,
             target=str(node.target),
             inputs=inputs,
             outputs=outputs,
-            flops=costs.flops(node),
-            traffic=costs.traffic(node),
+            flops=costs.flops(call),
+            traffic=costs.traffic(call),
             dtype=dtype,
             fusion=fusion,
             workspace_bytes=workspace if fusion == "extern" else 0,  # what is fused is no longer that op's kernel
             fixed=_fixed(node, inputs, written),
-            rng_bytes=_rng_bytes(node, value),
+            rng_bytes=_rng_bytes(node, tensors(call.result)),
             source=source_line(node),
             layer=layer(node),
         )
@@ -255,7 +258,7 @@ def storage_key(tensor: torch.Tensor) -> StorageWeakRef:
 
 def storage_keys(node: fx.Node) -> list[StorageWeakRef]:
     """The identity of the storage behind each of a node's results."""
-    return [storage_key(t) for t in costs.tensors(node.meta.get("val"))]
+    return [storage_key(t) for t in tensors(node.meta.get("val"))]
 
 
 def _view_base(node: fx.Node) -> fx.Node | None:
@@ -287,9 +290,9 @@ def _fixed(node: fx.Node, inputs: Collection[int], written: Collection[int]) -> 
         return "it reads a buffer that forward changes"
     if target.namespace in ("_c10d_functional", "c10d"):
         return "a collective"
-    if costs.name(target) in ("inductor_seeds", "inductor_seed"):
+    if name(target) in ("inductor_seeds", "inductor_seed"):
         return "it draws the random seed"
-    if any(_unbacked(n) for t in costs.tensors(node.meta.get("val")) for n in t.shape):
+    if any(_unbacked(n) for t in tensors(node.meta.get("val")) for n in t.shape):
         return "its size depends on data"
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,23 +14,26 @@ import torch._inductor.config
 from torch import fx
 from torch._functorch import partitioners
 
-UNKNOWN_SIZE = 8192  # what a size that depends on data is taken to be
+UNKNOWN_SIZE = 8192  # what a size that depends on data is taken to be when nothing bounds it
 
 
-def size_hint(n: Any) -> int:
-    """The value a size had when the graph was traced."""
-    if isinstance(n, torch.SymInt):
-        hint = n.node.hint if n.node.has_hint() else None
-        return UNKNOWN_SIZE if hint is None else int(hint)
-    return int(n)
-
-
-def symbol_hint(size: torch.SymInt, symbol: Any) -> int:
-    """The value that one symbol of a size had when the graph was traced."""
+def symbol_value(size: torch.SymInt, symbol: Any) -> int:
+    """The value that one symbol of a size had when the graph was traced; of one that depends on data, its bound."""
     environment = size.node.shape_env
     values = environment.backed_var_to_val if hasattr(environment, "backed_var_to_val") else environment.var_to_val
-    found = values.get(symbol)
-    return UNKNOWN_SIZE if found is None else int(found)
+    if symbol in values:
+        return int(values[symbol])
+    bound = environment.var_to_range[symbol].upper if symbol in environment.var_to_range else None
+    return int(bound) if bound is not None and bound.is_integer and bound < sys.maxsize else UNKNOWN_SIZE
+
+
+def dimension(size: torch.SymInt) -> int:
+    """The dimension of an input that the size symbol was made for; -1 if it is something else."""
+    environment, expression = size.node.shape_env, size.node.expr
+    sources = getattr(environment, "var_to_sources", None) or environment.source_to_var
+    found = sources.get(expression, ()) if isinstance(sources, dict) else ()
+    index = getattr(found[0], "idx", None) if found else None
+    return -1 if index is None else int(index)
 
 
 def resumed_at() -> str:

@@ -8,8 +8,9 @@ by the ratio of what was wanted to what was generated, at most ROUNDS times; the
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -22,8 +23,11 @@ from torch._inductor.graph import GraphLowering
 from memplan.errors import MemplanError
 from memplan.ir import Block, Budget, Kind, Moment, Plan, Timeline
 from memplan.passes import workspaces
-from memplan.passes.partition import Partitioner
+from memplan.passes.calls import Sizes
+from memplan.passes.dispatch import Compiled, copied
+from memplan.passes.partition import Partitioner, SizesGiven
 from memplan.passes.pipeline import does_not_fit
+from memplan.passes.simulate import base
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
 
 ROUNDS = 3
@@ -36,7 +40,7 @@ class _Recorded(CustomPartitionerFn):
 
     def __init__(self, partitioner: Partitioner) -> None:
         self.plans: list[Plan] = []
-        self.partitioner = dataclasses.replace(partitioner, on_plan=self.plans.append, fit=False)
+        self.partitioner = replace(partitioner, on_plan=lambda plan, _: self.plans.append(plan), fit=False)
         self.inputs: list[list[Any]] = []
         self.num_fwd_outputs = 0
 
@@ -59,24 +63,22 @@ class _Recorded(CustomPartitionerFn):
 
 def compile_inductor(
     graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner, config: dict[str, Any]
-) -> Callable[..., Any]:
-    """Inductor's callable for the graph. Raises DoesNotFit when no plan's generated code is inside the budget."""
+) -> Compiled:
+    """Inductor's callable and its plan. Raises DoesNotFit when no plan's generated code is inside the budget."""
     budget = partitioner.budget
-    budget = dataclasses.replace(budget, reserve_bytes=budget.reserve_bytes + AROUND)
+    budget = replace(budget, reserve_bytes=budget.reserve_bytes + AROUND)
     wanted = budget.available
     tried: list[Plan] = []
     # (the smallest plan, in Inductor's order): that order suits its fusions better now and then, so it is tried last.
-    rounds = [(False, False)] * ROUNDS + [(True, False), (True, True)]
+    rounds = [(False, False)] * (0 if partitioner.smallest else ROUNDS) + [(True, False), (True, True)]
     while rounds:
         smallest, reorder = rounds.pop(0)
-        target = dataclasses.replace(partitioner, budget=Budget(0 if smallest else wanted))
-        compiled, plan, predicted = _compile(graph, example_inputs, target, config, reorder=reorder)
-        if plan is None:  # nothing to plan: a graph without a backward
-            return compiled
+        target = replace(partitioner, budget=Budget(wanted), smallest=smallest)
+        compiled, predicted = _compile(graph, example_inputs, target, config, reorder=reorder)
         notes = (f"planned {len(tried) + 1} times until the generated code fitted",) if tried else ()
-        plan = dataclasses.replace(plan, budget=budget, notes=plan.notes + notes)
-        if plan.fits:
-            partitioner.on_plan(plan)
+        compiled = compiled.changed(functools.partial(_inside, budget=budget, notes=notes))
+        plan = compiled.plan
+        if plan is None or plan.fits:  # None: nothing to plan, a graph without a backward
             return compiled
         tried.append(plan)
         if predicted > wanted:  # the policy has nothing smaller
@@ -86,6 +88,11 @@ def compile_inductor(
     raise does_not_fit(tried[0], min(tried, key=lambda p: p.peak))
 
 
+def _inside(plan: Plan, budget: Budget, notes: tuple[str, ...]) -> Plan:
+    """A plan is made for less than the budget; what it is judged by is the budget itself."""
+    return replace(plan, budget=budget, notes=plan.notes + notes)
+
+
 def _compile(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -93,7 +100,7 @@ def _compile(
     config: dict[str, Any],
     *,
     reorder: bool,
-) -> tuple[Callable[..., Any], Plan | None, int]:
+) -> tuple[Compiled, int]:
     """The callable, its plan with the generated code's timeline, and the peak that was predicted before."""
     recorded, sources = _Recorded(partitioner), list[str]()
     # Without `reorder` ops stay in the plan's order: Inductor's own knows nothing of recomputation just in time.
@@ -104,22 +111,27 @@ def _compile(
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
     ):
         try:
-            compiled: Any = compile_fx(_copy(graph), list(example_inputs), config_patches=patches)
+            run: Any = compile_fx(copied(graph), list(example_inputs), config_patches=patches)
         except torch._inductor.exc.InvalidCxxCompiler as e:
             raise MemplanError(
                 "inner='inductor' generates C++ on the CPU, and no C++ compiler was found: install g++ or clang++, "
                 "or pass inner='eager'"
             ) from e
     if not recorded.plans:
-        return compiled, None, 0
+        return Compiled(run), 0
     plan = recorded.plans[-1]
-    return compiled, dataclasses.replace(plan, timeline=_generated(plan, recorded, sources)), plan.peak
+
+    def resized(sizes: SizesGiven) -> Plan:
+        step = plan.step.at(**{symbol: size for symbol, size in sizes if symbol in dict(plan.step.sizes)})
+        return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, sources, Sizes(sizes)))
+
+    return Compiled(run, resized(partitioner.sizes), resized), plan.peak
 
 
-def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str]) -> Timeline:
+def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: Sizes) -> Timeline:
     """The timeline of the generated forward and backward, one after the other."""
     tape = Tape()
-    forward_inputs, backward_inputs = recorded.inputs
+    forward_inputs, backward_inputs = sizes.concrete(recorded.inputs)
     results = run_wrapper(sources[0], tape, [ghost(tape, v, None) for v in forward_inputs])
     split = tape.tick()
     outputs, saved = results[: recorded.num_fwd_outputs], results[recorded.num_fwd_outputs :]
@@ -150,13 +162,4 @@ def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int])
         Moment(f"event {i}", plan.timeline.seconds * i / end, "forward" if i < split else "backward")
         for i in range(end)
     )
-    return dataclasses.replace(plan.timeline, moments=moments, blocks=tuple(blocks))
-
-
-def _copy(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph that Inductor may own, over the same parameters and fake values."""
-    new = fx.Graph()
-    new.output(new.graph_copy(graph.graph, {}))
-    module = fx.GraphModule(graph, new)
-    module.meta = dict(graph.meta)
-    return module
+    return replace(plan.timeline, moments=moments, blocks=tuple(blocks), base=base(plan.step))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,14 @@ from torch._guards import TracingContext
 
 from memplan.ir import Budget, Kind, Machine, Plan, Step
 from memplan.passes import capture, workspaces
-from memplan.passes.pipeline import make_plan
+from memplan.passes.calls import Call
+from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy, name_of
 from memplan.passes.recompute import split
 from memplan.passes.torch_policies import saved_sets
+
+SizesGiven = tuple[tuple[str, int], ...]  # size symbol -> value
+Resized = Callable[[SizesGiven], Plan]  # the plan of the same decisions at other sizes
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ class Partitioner:
     budget: Budget
     machine: Machine
     inner: str
-    on_plan: Callable[[Plan], None]
+    on_plan: Callable[[Plan, Resized], None]
     names: tuple[str, ...] = ()
     state: tuple[tuple[Kind, int], ...] = ()  # bytes that no op touches, by kind
     measure: bool = True  # run ops on the CPU to learn their workspaces, rather than look them up
     title: str = "step"
     notes: tuple[str, ...] = ()  # what is known to be missing before anything is captured
+    sizes: SizesGiven = ()  # what size symbols are taken to be; the others: as they were traced
+    smallest: bool = False  # the smallest plan of the policy, even if there is room for a faster one
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(
@@ -50,22 +56,43 @@ class Partitioner:
         **_: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         capture.prepare(joint)
-        step = self.step(joint, num_fwd_outputs, static_lifetime_input_indices or ())
-        plan = make_plan(step, self.policy, self.budget, self.machine, inner=self.inner, fit=self.fit)
-        self.on_plan(plan)
+        given = num_fwd_outputs, tuple(static_lifetime_input_indices or ()), mutated_inputs()
+        plan = make_plan(
+            self.step(joint, *given),
+            self.policy,
+            self.budget,
+            self.machine,
+            inner=self.inner,
+            fit=self.fit,
+            smallest=self.smallest,
+        )
+
+        def resized(sizes: SizesGiven) -> Plan:
+            step = dataclasses.replace(self, sizes=sizes).step(joint, *given)
+            made = evaluate(step, dict(plan.decisions), self.budget, self.machine, self.inner, plan.policy)
+            return dataclasses.replace(made, notes=plan.notes)
+
+        self.on_plan(plan, resized)
         return split(joint, plan, num_fwd_outputs)
 
-    def step(self, joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int]) -> Step:
+    def step(
+        self,
+        joint: fx.GraphModule,
+        num_fwd_outputs: int,
+        parameters: Sequence[int],
+        mutated: Collection[int],
+    ) -> Step:
         """The Step of a prepared joint graph, with torch's saved sets when the policy wants them."""
         step = capture.capture(
             joint,
             num_fwd_outputs=num_fwd_outputs,
             parameters=frozenset(parameters),
-            mutated=_mutated_inputs(),
+            mutated=mutated,
             names=self.names,
             workspaces=self._workspaces,
             fused=self.inner == "inductor",
             title=self.title,
+            sizes=self.sizes,
         )
         saved: tuple[tuple[str, tuple[int, ...]], ...] = ()
         if name_of(self.policy).startswith("torch"):
@@ -73,23 +100,19 @@ class Partitioner:
         notes = (*self.notes, *step.notes)
         return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved, notes=notes)
 
-    def _workspaces(self, nodes: Sequence[fx.Node]) -> dict[str, workspaces.Inside]:
-        calls = [workspaces.call_of(n) for n in nodes]
+    def _workspaces(self, calls: Sequence[Call]) -> list[workspaces.Inside]:
         if not self.measure or self.machine.device != "cpu":
-            found = [workspaces.Inside(workspaces.by_rule(c, self.machine)) for c in calls]
-        elif self.inner == "inductor":
-            # Inductor chooses the layout of convolutions, and with it their workspace: seen in the generated code.
-            measured = workspaces.measure(calls)
-            found = [
-                workspaces.Inside(0 if "convolution" in str(call.target) else size)
-                for call, size in zip(calls, measured, strict=True)
-            ]
-        else:
-            found = workspaces.run_alone(calls)
-        return {n.name: b for n, b in zip(nodes, found, strict=True)}
+            return [workspaces.Inside(workspaces.by_rule(c, self.machine)) for c in calls]
+        if self.inner == "eager":
+            return workspaces.run_alone(calls)
+        # Inductor chooses the layout of convolutions, and with it their workspace: seen in the generated code.
+        return [
+            workspaces.Inside(0 if "convolution" in str(call.target) else size)
+            for call, size in zip(calls, workspaces.measure(calls), strict=True)
+        ]
 
 
-def _mutated_inputs() -> frozenset[int]:
+def mutated_inputs() -> frozenset[int]:
     """Inputs that the step writes to, as AOTAutograd found them."""
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None

@@ -18,14 +18,22 @@ from memplan.passes.simulate import simulate
 
 
 def make_plan(
-    step: Step, policy: str | policies.Policy, budget: Budget, machine: Machine, *, inner: str, fit: bool = True
+    step: Step,
+    policy: str | policies.Policy,
+    budget: Budget,
+    machine: Machine,
+    *,
+    inner: str,
+    fit: bool = True,
+    smallest: bool = False,
 ) -> Plan:
-    """The policy's plan. Raises DoesNotFit when `fit` and its peak is over the budget."""
+    """The policy's plan; with `smallest` its smallest one. Raises DoesNotFit when `fit` and it is over the budget."""
     chosen = policies.find(policy)
-    plan = evaluate(step, _ask(chosen, step, budget, machine), budget, machine, inner, policies.name_of(policy))
+    asked = Budget(0) if smallest else budget
+    plan = evaluate(step, _ask(chosen, step, asked, machine), budget, machine, inner, policies.name_of(policy))
     if fit and not plan.fits:
         # Greedy has looked for the smallest plan already.
-        raise does_not_fit(plan, plan if isinstance(chosen, Greedy) else smallest(step, machine, inner))
+        raise does_not_fit(plan, plan if isinstance(chosen, Greedy) else smallest_plan(step, machine, inner))
     return plan
 
 
@@ -90,7 +98,7 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
     return out
 
 
-def smallest(step: Step, machine: Machine, inner: str) -> Plan:
+def smallest_plan(step: Step, machine: Machine, inner: str) -> Plan:
     """The plan of least peak that any built-in policy reaches: greedy's path ends in all the others."""
     nothing = Budget(0)
     return evaluate(step, Greedy()(step, nothing, machine), nothing, machine, inner, "greedy")

@@ -73,7 +73,9 @@ def _needs_tangents(node: fx.Node) -> bool:
 
 
 def _ordered(graph: fx.Graph, order: Iterable[fx.Node]) -> fx.Graph:
-    """The graph with just these nodes and the views they need: views just before their use, getitems just after."""
+    """The graph with just these nodes and the views they need: views just before their use; getitems, and sizes that
+    would else hold on to a tensor, just after it.
+    """
     new, env = fx.Graph(), dict[fx.Node, fx.Node]()
 
     def emit(node: fx.Node) -> None:
@@ -88,7 +90,11 @@ def _ordered(graph: fx.Graph, order: Iterable[fx.Node]) -> fx.Graph:
             else:
                 env[stack.pop()] = new.node_copy(n, lambda x: env[x])
                 for user in n.users:
-                    if user.target is getitem and user not in env:
+                    if (
+                        (user.target is getitem or is_sym_node(user))
+                        and user not in env
+                        and user.all_input_nodes == [n]
+                    ):
                         env[user] = new.node_copy(user, lambda x: env[x])
 
     for node in (*graph.find_nodes(op="placeholder"), *order, graph.output_node()):

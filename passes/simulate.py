@@ -28,7 +28,7 @@ def simulate(
         _block(step, life, runs, crossing=life.start < len(forward) < life.end, gradients=gradients)
         for life in lifetimes(step, forward, backward, saved)
     )
-    return Timeline(step.name, "predicted", tuple(moments), blocks, _base(step), step.notes)
+    return Timeline(step.name, "predicted", tuple(moments), blocks, base(step), step.notes)
 
 
 def peak(step: Step, saved: Collection[int]) -> int:
@@ -64,8 +64,9 @@ def _block(step: Step, life: Life, runs: Sequence[Run], *, crossing: bool, gradi
     )  # fmt: skip
 
 
-def _base(step: Step) -> tuple[tuple[Kind, int], ...]:
-    base: dict[Kind, int] = {}
+def base(step: Step) -> tuple[tuple[Kind, int], ...]:
+    """Bytes that no decision changes, by kind."""
+    total: dict[Kind, int] = {}
     for kind, size in [*((step.tensors[t].kind, step.tensors[t].bytes) for t in step.resident), *step.resident_bytes]:
-        base[kind] = base.get(kind, 0) + size
-    return tuple(base.items())
+        total[kind] = total.get(kind, 0) + size
+    return tuple(total.items())

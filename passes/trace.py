@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from memplan.errors import MemplanError
 from memplan.ir import Step
 from memplan.passes import capture
-from memplan.passes.partition import Partitioner, gradient_bytes
+from memplan.passes.partition import Partitioner, gradient_bytes, mutated_inputs
 
 _TORCH = os.path.dirname(torch.__file__)
 SEARCH_DEPTH = 4  # how far from the step a module may be hidden in closures, containers and attributes
@@ -83,7 +83,7 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
 
     def stop(joint: fx.GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any) -> NoReturn:
         capture.prepare(joint)
-        raise _Traced(partitioner.step(joint, num_fwd_outputs, range(len(fakes))))
+        raise _Traced(partitioner.step(joint, num_fwd_outputs, range(len(fakes)), mutated_inputs()))
 
     inner = partitioner.inner
     with _as_compiled(), mode, fx_traceback.preserve_node_meta():

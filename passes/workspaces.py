@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
 from torch._C._profiler import _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import _disable_current_modes
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memplan.errors import MemplanError
 from memplan.ir import Machine
 from memplan.passes import costs
-from memplan.passes.compat import size_hint
+from memplan.passes.calls import Call, name, tensors
 
 _MARK = "memplan::workspace::"
 
@@ -36,21 +35,6 @@ class Inside(NamedTuple):
 
     workspace: int
     outputs: tuple[int, ...] = ()  # empty: not known
-
-
-class Call(NamedTuple):
-    """One call of an op, with fake tensors among its arguments, and the fake result."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-
-def call_of(node: fx.Node) -> Call:
-    """The call that an FX node makes."""
-    args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
-    return Call(node.target, args, kwargs, node.meta.get("val"))
 
 
 def measure(calls: Sequence[Call]) -> list[int]:
@@ -88,20 +72,20 @@ def run_alone(calls: Sequence[Call]) -> list[Inside]:
 
 
 def _fake_bytes(call: Call) -> int:
-    return sum(size_hint(t.untyped_storage().nbytes()) for t in costs.tensors(call.result))
+    return sum(t.untyped_storage().nbytes() for t in tensors(call.result))
 
 
 def by_rule(call: Call, machine: Machine) -> int:
     """The machine's table: a multiple of the op's first output."""
     factor = dict(machine.workspace_rules).get(str(call.target))
-    results = costs.tensors(call.result)
+    results = tensors(call.result)
     return int(factor * costs.nbytes(results[0])) if factor and results else 0
 
 
 def _runnable(call: Call) -> bool:
     if not isinstance(call.target, torch._ops.OpOverload) or call.target.namespace not in ("aten", "prims"):
         return False
-    inputs = costs.tensors((call.args, call.kwargs))
+    inputs = tensors((call.args, call.kwargs))
     return all(t.device.type == "cpu" and t.layout is torch.strided for t in inputs)
 
 
@@ -109,7 +93,7 @@ def _signature(call: Call) -> Any:
     def describe(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return (*_layout(value), str(value.dtype))
-        return str(size_hint(value)) if isinstance(value, torch.SymInt) else repr(value)
+        return repr(value)
 
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     return (str(call.target), str(spec), tuple(describe(leaf) for leaf in leaves))
@@ -127,7 +111,7 @@ def _run(calls: Sequence[Call]) -> list[Inside]:
                     for _ in _routings(call, args, kwargs):
                         del result
                         result = call.target(*args, **kwargs)
-                sizes[i] = tuple(t.untyped_storage().nbytes() for t in costs.tensors(result))
+                sizes[i] = tuple(t.untyped_storage().nbytes() for t in tensors(result))
                 del args, kwargs, result
             except Exception:  # zeros are not valid input to every op; its workspace then stays unknown
                 continue
@@ -164,7 +148,7 @@ def _routings(call: Call, args: Any, kwargs: Any) -> Iterator[None]:
     """Once for most ops. A grouped product runs several times: its groups are empty on zeros, and which rows real data
     puts where is not known, so equal groups, one group, and two halves stand for them."""
     offsets = args[2] if len(args) > 2 else kwargs.get("offs")
-    if costs.name(call.target) != "_grouped_mm" or offsets is None:
+    if name(call.target) != "_grouped_mm" or offsets is None:
         yield
         return
     rows, groups = args[0].shape[-1 if args[1].dim() == 2 else 0], offsets.numel()
@@ -176,8 +160,6 @@ def _routings(call: Call, args: Any, kwargs: Any) -> Iterator[None]:
 
 def _real(value: Any) -> Any:
     """Zeros in the place of a fake value: a valid index, and a valid number."""
-    if isinstance(value, torch.SymInt):
-        return size_hint(value)
     if not isinstance(value, torch.Tensor):
         return value
     shape, stride, offset, size = _layout(value)
@@ -186,5 +168,4 @@ def _real(value: Any) -> Any:
 
 def _layout(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
     """Shape, stride, offset, and the bytes of the storage: some kernels clone all of it."""
-    shape, stride = tuple(map(size_hint, value.shape)), tuple(map(size_hint, value.stride()))
-    return shape, stride, size_hint(value.storage_offset()), size_hint(value.untyped_storage().nbytes())
+    return tuple(value.shape), value.stride(), int(value.storage_offset()), value.untyped_storage().nbytes()

@@ -20,8 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._subclasses import FakeTensorMode
 
-from memplan.passes.compat import size_hint
-from memplan.passes.workspaces import Call
+from memplan.passes.calls import Call
 
 
 @dataclass
@@ -71,10 +70,9 @@ class Ghost:
 def ghost(tape: Tape, value: Any, name: str | None) -> Any:
     """A ghost in the place of a fake argument; with a name it is counted, without one it is somebody else's."""
     if not isinstance(value, torch.Tensor):
-        return size_hint(value) if isinstance(value, torch.SymInt) else value
-    shape, stride = map(size_hint, value.shape), map(size_hint, value.stride())
+        return value
     with tape.mode:
-        fake = torch.empty_strided(tuple(shape), tuple(stride), dtype=value.dtype, device=value.device)
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     buffer = _Buffer(tape, fake.untyped_storage().nbytes(), name) if name else None
     return Ghost(fake, buffer, tape)
 

@@ -28,7 +28,7 @@ import memplan
 from memplan.ir import Budget, Plan, Step
 from memplan.machines import machine
 from memplan.passes import capture
-from memplan.passes.partition import Partitioner
+from memplan.passes.partition import Partitioner, mutated_inputs
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import find, name_of
 from memplan.passes.recompute import split
@@ -80,9 +80,9 @@ class Joint:
     def prepared(
         joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int], inputs: list[torch.Tensor]
     ) -> Joint:
-        partitioner = Partitioner("torch", AMPLE, CPU, "eager", on_plan=lambda _: None)
+        partitioner = Partitioner("torch", AMPLE, CPU, "eager", on_plan=lambda *_: None)
         capture.prepare(joint)
-        step = partitioner.step(joint, num_fwd_outputs, parameters)
+        step = partitioner.step(joint, num_fwd_outputs, parameters, mutated_inputs())
         fakes = detect_fake_mode([n.meta.get("val") for n in joint.graph.nodes])
         assert fakes is not None
         return Joint(joint, step, num_fwd_outputs, inputs, fakes)

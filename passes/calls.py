@@ -1,0 +1,81 @@
+"""An FX node as a call at known sizes: what costs, workspaces and capture read.
+
+In: nodes with fake values, whose sizes may be torch's symbols, and the symbols' values. Out: Calls whose tensors are
+fake and whose sizes are ints.
+What must hold: torch is never asked to compare or convert a symbolic size, because that adds a guard, and one such
+guard ties the compiled graph to one size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses import FakeTensorMode
+
+from memplan.passes.compat import symbol_value
+
+
+class Call(NamedTuple):
+    """One call of an op, with fake tensors among its arguments, and the fake result."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`given`: values of size symbols; a symbol that is not there has the value that the graph was traced with."""
+
+    given: tuple[tuple[str, int], ...] = ()
+    mode: FakeTensorMode = field(default_factory=FakeTensorMode, compare=False, repr=False)
+    known: dict[Any, int] = field(default_factory=dict, init=False, compare=False, repr=False)  # expression -> value
+
+    def of(self, n: Any) -> int:
+        """The value of a size."""
+        if not isinstance(n, torch.SymInt):
+            return int(n)
+        expression = n.node.expr
+        if expression not in self.known:
+            given = dict(self.given)
+            values = {s: given.get(str(s)) or symbol_value(n, s) for s in expression.free_symbols}
+            self.known[expression] = int(expression.xreplace(values))
+        return self.known[expression]
+
+    def concrete(self, value: Any) -> Any:
+        """The value with ints for sizes; a tensor without symbols is returned as it is."""
+        return pytree.tree_map_only((torch.Tensor, torch.SymInt), self._concrete, value)
+
+    def _concrete(self, value: torch.Tensor | torch.SymInt) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self.of(value)
+        if value.layout is not torch.strided:
+            return value
+        size, offset = value.untyped_storage().nbytes(), value.storage_offset()
+        if not any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride(), size, offset)):
+            return value
+        shape, stride = tuple(map(self.of, value.shape)), tuple(map(self.of, value.stride()))
+        with self.mode:
+            base = torch.empty(self.of(size) // value.dtype.itemsize, dtype=value.dtype, device=value.device)
+            return base.as_strided(shape, stride, self.of(offset))
+
+    def call(self, node: fx.Node) -> Call:
+        """The call that a node makes."""
+        given = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
+        args, kwargs = self.concrete(given)
+        return Call(node.target, args, kwargs, self.concrete(node.meta.get("val")))
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among an op's fake results or arguments."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def name(target: Any) -> str:
+    """The op's name without namespace and overload: "mm"."""
+    return getattr(getattr(target, "overloadpacket", target), "__name__", str(target))
