@@ -19,7 +19,7 @@ from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Kind, Plan
 from memplan.options import Options, read_budget
-from memplan.passes.compat import resumed_at
+from memplan.passes.compat import broken_at, resumed_at
 from memplan.passes.dispatch import Compiler, compile_by_size
 from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
 
@@ -44,7 +44,7 @@ def memplan_backend(
         on_plan=lambda *_: None,
         names=tensor_names(graph),
         state=grads if grads[0][1] else (),
-        notes=tuple(_limits()),
+        notes=tuple(_limits(graph)),
     )
     return compile_by_size(
         graph, example_inputs, partitioner, _compiler(read), lambda plan: _report(plan, read), dict(read.limits)
@@ -61,11 +61,11 @@ def _compiler(options: Options) -> Compiler:
     return functools.partial(compile_inductor, config=dict(options.inductor))
 
 
-def _limits() -> list[str]:
+def _limits(graph: fx.GraphModule) -> list[str]:
     """What the plan of this graph cannot promise."""
-    if place := resumed_at():
+    if place := broken_at(graph) or resumed_at():
         return [
-            f"a graph break ({place}) split the step: each graph is planned alone, so the budget holds for each of "
+            f"a graph break at {place} split the step: each graph is planned alone, so the budget holds for each of "
             "them and not for what they keep for each other"
         ]
     return []

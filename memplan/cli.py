@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import memplan
 from memplan import report, serialize
-from memplan.errors import DoesNotFit, MemplanError
+from memplan.errors import DoesNotFit, MemplanError, did_you_mean
 from memplan.ir import Plan, Timeline
 from memplan.options import Options
 
@@ -32,9 +34,20 @@ def plan(arguments: argparse.Namespace) -> int:
 
     FILE.py:make_step names a function without arguments that returns (step, batch).
     """
-    options = Options.read({name: getattr(arguments, name) for name in ("budget", "machine", "policy", "out")})
+    given = {name: getattr(arguments, name) for name in ("budget", "machine", "policy", "inner", "out")}
+    options = Options.read(given)
+    if options.out:
+        report.check_path(Plan, options.out)  # planning may take a minute
     step, batch = _make_step(arguments.target)
-    made: Plan = memplan.plan(step, batch, budget=options.budget, machine=options.machine, policy=options.policy)
+    with Console(stderr=True).status(f"planning {arguments.target} ..."):
+        made: Plan = memplan.plan(
+            step,
+            batch,
+            budget=options.budget,
+            machine=options.machine,
+            policy=options.policy,
+            inner=options.inner,
+        )
     print(serialize.to_json(made) if arguments.json else made)
     if options.out:
         report.save(made, options.out)
@@ -90,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--budget", help='"24GB" or "50%%"; default MEMPLAN_BUDGET, else the whole device')
     command.add_argument("--machine", help="a name of the device table, such as rtx4090; default this one")
     command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
+    command.add_argument("--inner", choices=("inductor", "eager"), help="what will run the graphs; default inductor")
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
 
@@ -119,10 +133,16 @@ def _make_step(target: str) -> tuple[Any, Any]:
     spec.loader.exec_module(module)
     make = getattr(module, function, None)
     if not callable(make):
-        raise MemplanError(f"{name!r} has no function {function!r}")
+        functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == spec.name]
+        known = f"it has {', '.join(functions) or 'none'}{did_you_mean(function, functions)}"
+        raise MemplanError(f"{name!r} has no function {function!r}: {known}")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as e:
+        raise MemplanError(f"{target!r} cannot be called without arguments ({e}): name a function that can") from None
     made = make()
     if not (isinstance(made, tuple) and len(made) == 2):
-        raise MemplanError(f"{target!r} returned a {type(made).__name__}: return the pair (step, batch)")
+        raise MemplanError(f"{target!r} returned {made!r:.40}: return the pair (step, batch)")
     return made
 
 

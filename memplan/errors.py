@@ -15,8 +15,8 @@ class MemplanError(Exception):
 class DoesNotFit(MemplanError):
     """No plan fits the budget.
 
-    Attributes (bytes): `budget`, what was allowed; `needed`, the peak of the chosen policy's smallest plan;
-    `smallest`, the least peak that any policy reached, which is also the smallest budget that fits.
+    Attributes (bytes): `budget`, what was allowed; `needed`, the smallest budget that the chosen policy fits;
+    `smallest`, the smallest that any built-in policy fits.
     """
 
     def __init__(self, message: str, *, budget: int, needed: int, smallest: int) -> None:

@@ -225,12 +225,23 @@ class Budget:
 
     bytes: int
     fixed_bytes: int = 0  # context and libraries, measured
-    reserve_bytes: int = 0  # held back against fragmentation
+    reserve: float = 0.0  # the fraction held back against fragmentation
     note: str = ""  # how it was read: "clamped to the device's 24.0 GB"
+
+    @property
+    def reserve_bytes(self) -> int:
+        return int(self.reserve * self.bytes)
 
     @property
     def available(self) -> int:
         return self.bytes - self.fixed_bytes - self.reserve_bytes
+
+    def needed_for(self, peak: int) -> int:
+        """The smallest budget of this kind that leaves `peak` bytes for the step."""
+        size = int((peak + self.fixed_bytes) / (1 - self.reserve))
+        while dataclasses.replace(self, bytes=size).available < peak:
+            size += 1
+        return size
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def read_budget(value: str | int | float | None, machine: Machine, device_total:
             size, note = total, f"clamped from {human(size)} to the device's {human(total)}"
     if machine.device == "cpu":  # counted in the allocator's own bytes, so nothing else is in the way
         return Budget(size, note=note)
-    return Budget(size, machine.context_bytes, int(FRAGMENTATION_RESERVE * size), note)
+    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note)
 
 
 def _amount(value: object) -> int | float:

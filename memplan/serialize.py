@@ -52,7 +52,8 @@ def from_json(text: str, kind: type[T], name: str = "the text") -> T:
         raise MemplanError(f"{name} was not written by memplan: it has no 'memplan' entry")
     if document.get("schema") != SCHEMA:
         raise MemplanError(
-            f"{name} has schema {document.get('schema')!r}, and this memplan reads schema {SCHEMA}; write it again"
+            f"{name} has schema {document.get('schema')!r}, and this memplan reads schema {SCHEMA}: write it again, or "
+            "read it with the memplan that wrote it"
         )
     if document["memplan"] != kind.__name__:
         raise MemplanError(f"{name} holds a {document['memplan']}, not a {kind.__name__}")
@@ -66,8 +67,10 @@ def load(path: str | os.PathLike[str], kind: type[T]) -> T:
     """Read a saved Step, Plan or Timeline."""
     try:
         text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise MemplanError(f"cannot read {os.fspath(path)!r}: {e}") from None
+    except OSError as e:
+        raise MemplanError(f"cannot read {os.fspath(path)!r}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise MemplanError(f"cannot read {os.fspath(path)!r}: it is not text, so not a file of memplan") from None
     return from_json(text, kind, repr(os.fspath(path)))
 
 

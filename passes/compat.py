@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,16 @@ def random_draws_stay() -> contextlib.AbstractContextManager[Any]:
     """While it is open, torch's partitioner helpers keep random ops that nothing reads, as drop_dead_code does."""
     patch: contextlib.AbstractContextManager[Any] = torch._inductor.config.patch(fallback_random=True)
     return patch  # where Graph.eliminate_dead_code looks
+
+
+def broken_at(graph: fx.GraphModule) -> str:
+    """The graph break that ended a Dynamo graph: "train.py:12 in loss (call to print)"; empty: it was not broken."""
+    why = getattr(graph, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return ""
+    frame = why.user_stack[-1] if why.user_stack else None
+    place = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name} " if frame else ""
+    return f"{place}({(why.reason.splitlines() or [''])[0]})"
 
 
 def extract(

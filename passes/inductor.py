@@ -66,7 +66,7 @@ def compile_inductor(
 ) -> Compiled:
     """Inductor's callable and its plan. Raises DoesNotFit when no plan's generated code is inside the budget."""
     budget = partitioner.budget
-    budget = replace(budget, reserve_bytes=budget.reserve_bytes + AROUND)
+    budget = replace(budget, fixed_bytes=budget.fixed_bytes + AROUND)
     wanted = budget.available
     tried: list[Plan] = []
     # (the smallest plan, in Inductor's order): that order suits its fusions better now and then, so it is tried last.

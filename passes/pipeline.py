@@ -15,6 +15,7 @@ from memplan.passes.check import check
 from memplan.passes.policies.greedy import Greedy
 from memplan.passes.schedule import saved_by, schedule
 from memplan.passes.simulate import simulate
+from memplan.units import human
 
 
 def make_plan(
@@ -108,19 +109,21 @@ def does_not_fit(plan: Plan, least: Plan) -> DoesNotFit:
     """What `plan` needed, the best that can be reached (`least`), and the largest tensors alive then."""
     step, budget = plan.step, plan.budget
     best = min(plan, least, key=lambda p: p.peak)
-    fixed = budget.bytes - budget.available
+    needed, enough = budget.needed_for(plan.peak), budget.needed_for(best.peak)
+    advice = f'set a budget of at least "{enough}B", or make the batch smaller'
+    if enough < needed:
+        advice = f'set a budget of at least "{needed}B", or policy="{best.policy}" and at least "{enough}B"'
+    if budget.bytes < 2**10:
+        advice += f'; or did you mean "{budget.bytes}GB"?'
     largest = [
-        f"  {b.bytes / 2**20:10.1f} MiB  {b.name} {list(b.shape)} {b.dtype}  {b.source}"
-        for b in best.timeline.alive()[:3]
+        f"  {human(b.bytes):>10}  {b.name} {list(b.shape)} {b.dtype}  {b.source}" for b in best.timeline.alive()[:3]
     ]
-    enough = best.peak + fixed
     return DoesNotFit(
-        f"the step does not fit {budget.bytes / 1e9:.3f} GB: policy {plan.policy!r} needs "
-        f"{(plan.peak + fixed) / 1e9:.3f} GB, and the best of the built-in policies {enough / 1e9:.3f} GB; "
-        f"set a budget of at least {enough} bytes, or make the batch smaller\n"
-        f"alive at that peak, beyond {step.base_bytes / 2**20:.1f} MiB of parameters and inputs:\n"
+        f"the step does not fit {human(budget.bytes)}: policy {plan.policy!r} needs {human(needed)}, and the best of "
+        f"the built-in policies {human(enough)}; {advice}\n"
+        f"alive at that peak, beyond {human(step.base_bytes)} of parameters and inputs:\n"
         + "\n".join([*largest, *(f"note: {note}" for note in step.notes)]),
         budget=budget.bytes,
-        needed=plan.peak + fixed,
+        needed=needed,
         smallest=enough,
     )

@@ -15,6 +15,7 @@ from torch._functorch import partitioners
 
 from memplan.ir import Step
 from memplan.passes.capture import storage_keys
+from memplan.passes.policies import find
 from memplan.passes.policies.torch_saved import TorchBudget, TorchMinCut
 
 
@@ -25,7 +26,9 @@ def saved_sets(
     info = partitioners.classify_nodes(joint, list(parameters), num_fwd_outputs)
     _distances(joint, info)
     storage = _storages(step, joint)
-    ratios = {TorchMinCut().name: 1.0} | {TorchBudget(r).name: r for r in TorchBudget.RATIOS}
+    asked = [p for p in [find(wanted)] if isinstance(p, TorchBudget)] if wanted != "torch" else []
+    budgets = [*(TorchBudget(r) for r in TorchBudget.RATIOS), *asked]
+    ratios = {TorchMinCut().name: 1.0} | {p.name: p.ratio for p in budgets}
     out = []
     for name, ratio in ratios.items():
         if wanted in (name, "torch"):

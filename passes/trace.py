@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 from unittest import mock
@@ -23,6 +24,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import traceback as fx_traceback
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
@@ -32,7 +34,7 @@ from memplan.ir import Step
 from memplan.passes import capture
 from memplan.passes.partition import Partitioner, gradient_bytes, mutated_inputs
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH, _HERE = os.path.dirname(torch.__file__), os.path.abspath(__file__)
 SEARCH_DEPTH = 4  # how far from the step a module may be hidden in closures, containers and attributes
 
 
@@ -52,6 +54,7 @@ class _BackwardCalled(Exception):
 
 def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partitioner) -> Step:
     """The Step of `step(*batch)`, priced and measured as the partitioner says; MemplanError if it has no backward."""
+    step = _uncompiled(step)
     modules = find_modules(step)
     state = {f"{m}:{name}": t for m, module in enumerate(modules) for name, t in _state(module).items()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -64,6 +67,9 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
     partitioner = dataclasses.replace(
         partitioner, names=names, state=(("gradient", grads),) if grads else (), title=_title(step)
     )
+    if partitioner.measure and any(t.is_meta for t in [*state.values(), *(leaves[i] for i in inputs)]):
+        note = "the step is on the meta device, so no op was run here: the memory inside ops is left out"
+        partitioner = dataclasses.replace(partitioner, measure=False, notes=(*partitioner.notes, note))
 
     def flat(*tensors: torch.Tensor) -> Any:
         for i, leaf in zip(inputs, tensors[len(fakes) :], strict=True):
@@ -93,7 +99,26 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
             )(*arguments)
         except _Traced as traced:
             return traced.step
+        except (DataDependentOutputException, DynamicOutputShapeException) as e:
+            raise MemplanError(
+                f"the step looks at a tensor's values at {_users_line(e)} ({e.func}), and a plan has none: "
+                "choose with torch.where, or plan the part after that line"
+            ) from e
     raise AssertionError("AOTAutograd returned without calling the partitioner")
+
+
+def _uncompiled(step: Any) -> Callable[..., Any]:
+    """The step itself where it was compiled already."""
+    inner = getattr(step, "_orig_mod", None) or getattr(step, "_torchdynamo_orig_callable", None) or step
+    if not callable(inner):
+        raise MemplanError(f"{step!r:.80} is not a step: give a function or module that returns the loss of a batch")
+    return inner  # type: ignore[no-any-return]
+
+
+def _users_line(error: BaseException) -> str:
+    """The innermost line outside torch in an error's traceback: "train.py:12 in loss"."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))]
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else "a line"
 
 
 def _refuse(gm: fx.GraphModule, example_inputs: Any) -> NoReturn:
@@ -180,6 +205,8 @@ def _layers(module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        while open_notes:  # a forward that raised
+            leave()
 
 
 class _SourceLines(TorchFunctionMode):

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch._C._profiler import _ProfilerEvent
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.errors import MemplanError
 from memplan.ir import Machine
 from memplan.passes import costs
 from memplan.passes.calls import Call, name, tensors
+from memplan.runtime.recorder import allocator_profile
 
 _MARK = "memplan::workspace::"
 
@@ -102,7 +103,7 @@ def _signature(call: Call) -> Any:
 def _run(calls: Sequence[Call]) -> list[Inside]:
     """Each call, run once; Inside(0) where that failed."""
     sizes: dict[int, tuple[int, ...]] = {}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+    with allocator_profile() as trace:
         for i, call in enumerate(calls):
             try:
                 args, kwargs = pytree.tree_map(_real, (call.args, call.kwargs))

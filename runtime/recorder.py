@@ -28,6 +28,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import gc
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -173,16 +174,20 @@ def _storages(device: torch.device) -> dict[int, tuple[Kind, torch.UntypedStorag
         found: dict[int, tuple[Kind, torch.UntypedStorage]] = {}
         for kind, members in by_kind.items():  # the later kind says more
             for tensor in members:
-                storage = _storage(tensor)
-                if storage is not None and storage.device == device and storage.nbytes():
-                    found[storage.data_ptr()] = kind, storage
+                if at := _storage(tensor, device):
+                    found[at[0]] = kind, at[1]
     return found
 
 
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """Its storage, or None if it has none: sparse and opaque layouts, wrapper subclasses. Fake ones are on meta."""
+def _storage(tensor: torch.Tensor, device: torch.device) -> tuple[int, torch.UntypedStorage] | None:
+    """Where its storage is on the device, and the storage; None if it has none there.
+
+    Sparse and opaque layouts, wrapper subclasses and tensors that a compiler has hollowed out have none at all. Fake
+    ones are on meta.
+    """
     try:
-        return tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        return (storage.data_ptr(), storage) if storage.device == device and storage.nbytes() else None
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -191,6 +196,15 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
 
 _FREED = "memplan: freed "
 _BARE = {f"aten::{op}" for op in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")}
+
+
+def allocator_profile() -> torch.profiler.profile:
+    """torch's profiler, reporting what the CPU's allocator does; not started."""
+    # Kineto writes two lines to stderr at every start, at level 5. It looks at the variable once, when it first starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    )
 
 
 @contextlib.contextmanager
@@ -204,7 +218,7 @@ def _cpu(recording: Recording) -> Iterator[None]:
     # lives exactly as long as the storage, and its end is written into the profiler's own sequence of events.
     watches = [weakref.ref(s, _marker(address)) for address, (_, s) in storages.items()]
     del storages
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    profile = allocator_profile()
     profile.start()
     try:
         yield

@@ -17,17 +17,24 @@ from memplan.report.comparison import Comparison, compare
 from memplan.report.png import draw
 from memplan.report.text import summary, table
 
-__all__ = ["Comparison", "compare", "save", "summary", "table"]
+__all__ = ["Comparison", "check_path", "compare", "save", "summary", "table"]
 
 
 def save(value: Step | Plan | Timeline | Sequence[Timeline], path: str | os.PathLike[str]) -> None:
     """Write .json (of a Step, Plan or Timeline) or .png (of a Plan, a Timeline or several), whole or not at all."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".json" and isinstance(value, (Step, Plan, Timeline)):
+    check_path(type(value), path)
+    if isinstance(value, Step) or (Path(path).suffix.lower() == ".json" and isinstance(value, (Plan, Timeline))):
         serialize.write(path, serialize.to_json(value))
-    elif suffix == ".png" and not isinstance(value, Step):
-        serialize.write(path, draw(value))
     else:
-        what = type(value).__name__
-        formats = {"Step": ".json", "Plan": ".json and .png", "Timeline": ".json and .png"}.get(what, ".png")
-        raise MemplanError(f"cannot write a {what} as {os.fspath(path)!r}: the formats are {formats}")
+        serialize.write(path, draw(value))
+
+
+def check_path(kind: type, path: str | os.PathLike[str]) -> None:
+    """Raises MemplanError when a value of this type cannot be written as, or where, the path says."""
+    formats = {Step: (".json",), Plan: (".json", ".png"), Timeline: (".json", ".png")}.get(kind, (".png",))
+    if Path(path).suffix.lower() not in formats:
+        raise MemplanError(
+            f"cannot write a {kind.__name__} as {os.fspath(path)!r}: the formats are {' and '.join(formats)}"
+        )
+    if not os.access(Path(path).absolute().parent, os.W_OK):
+        raise MemplanError(f"cannot write {os.fspath(path)!r}: name a folder that exists and is writable")

@@ -140,5 +140,5 @@ def _verdict(plan: Plan) -> str:
     spare = plan.budget.available - plan.peak
     fits = f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {human(spare)} to spare"
     short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
-    time = f"{100 * plan.overhead:+.1f} % time (estimate)"
-    return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}"
+    time = f"{100 * plan.overhead:+.1f} % time (estimate)".replace("-0.0", "+0.0")
+    return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"

@@ -9,6 +9,7 @@ publish an entry point in the group "memplan.policies". One file here per built-
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,12 +61,16 @@ def find(wanted: str | Policy) -> Policy:
     known = builtin()
     if wanted in known:
         return known[wanted]
+    if ratio := re.fullmatch(r"torch-budget-(0?\.\d+|[01](?:\.0*)?)", wanted):
+        from memplan.passes.policies.torch_saved import TorchBudget
+
+        return TorchBudget(float(ratio[1]))
     published = {e.name: e for e in importlib.metadata.entry_points(group="memplan.policies")}
     if wanted in published:
         loaded = published[wanted].load()
         return find(loaded() if isinstance(loaded, type) else loaded)
     names = sorted([*known, *published])
-    raise MemplanError(f"no policy is called {wanted!r}{did_you_mean(wanted, names)}; there are {', '.join(names)}")
+    raise MemplanError(f"no policy is called {wanted!r}: there are {', '.join(names)}{did_you_mean(wanted, names)}")
 
 
 def name_of(wanted: str | Policy) -> str:

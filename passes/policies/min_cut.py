@@ -93,7 +93,7 @@ class _Network:
         edges += [(at[i], self.place[t], 0.0, 0) for i in ops for t in step.ops[i].inputs if t in self.place]
         free = len(edges)
         edges += [(at[i], 1, self.cost[i], 0) for i in ops]
-        self.ends = np.array([(a, b) for a, b, _, _ in edges])
+        self.ends = np.array([(a, b) for a, b, _, _ in edges], dtype=int).reshape(-1, 2)  # 2-dimensional if empty too
         self.edge_seconds = np.array([s for _, _, s, _ in edges])
         self.edge_bytes = np.array([b for _, _, _, b in edges], dtype=float)
         self.endless = np.zeros(len(edges), dtype=bool)

@@ -119,7 +119,7 @@ def test_a_budget_that_is_too_small_names_one_that_is_not() -> None:
     error = complaint(budget=1)
     assert isinstance(error, DoesNotFit) and error.budget == 1
     first = str(error).splitlines()[0]
-    smallest = int(re.search(r"at least (\d+) bytes", first)[1])
+    smallest = int(re.search(r'at least "(\d+)B"', first)[1])
     assert smallest == error.smallest <= error.needed
     torch._dynamo.reset()
     planned(Net(), budget=smallest)(torch.randn(4, 8)).backward()

@@ -75,7 +75,7 @@ def test_a_model_on_the_meta_device() -> None:
         meta = Net()
     x = torch.randn(4, 8)
     net = Net()
-    a, b = (memplan.plan(lambda x, m=m: m(x), x, inner="eager") for m in (meta, net))
+    a, b = (memplan.plan(lambda x, m=m: m(x), x, inner="eager", machine="rtx4090") for m in (meta, net))
     assert a.peak == b.peak > sum(p.nbytes for p in net.parameters())
     assert all(p.is_meta and p.grad is None for p in meta.parameters())
 
@@ -114,6 +114,31 @@ def test_a_step_without_a_backward() -> None:
     net = Net()
     with pytest.raises(MemplanError, match="no backward"):
         memplan.plan(lambda x: net(x).detach(), torch.randn(4, 8), inner="eager")
+
+
+def test_a_model_on_the_meta_device_runs_nothing(monkeypatch) -> None:
+    def run(calls):
+        raise AssertionError("an op was run")
+
+    monkeypatch.setattr("memplan.passes.workspaces.run_alone", run)
+    with torch.device("meta"):
+        net, x = Net(), torch.empty(4, 8)
+    assert any("meta device" in note for note in memplan.plan(net, x, inner="eager").step.notes)
+
+
+def test_a_step_that_is_compiled_already() -> None:
+    net, x = Net(), torch.randn(4, 8)
+    peak = memplan.plan(net, x, inner="eager").peak
+    assert memplan.plan(torch.compile(net, backend="eager"), x, inner="eager").peak == peak
+    assert memplan.plan(torch.compile(lambda x: net(x), backend="eager"), x, inner="eager").peak == peak
+
+
+def test_steps_that_cannot_be_planned() -> None:
+    net, x = Net(), torch.randn(4, 8)
+    with pytest.raises(MemplanError, match="3 is not a step"):
+        memplan.plan(3, x)
+    with pytest.raises(MemplanError, match=r"looks at a tensor's values at test_plan.py:\d+ in <lambda>"):
+        memplan.plan(lambda x: net(x) * (1 if x.sum().item() > 0 else 2), x, inner="eager")
 
 
 def test_the_smallest_budget_that_is_named_fits() -> None:

@@ -23,6 +23,30 @@ def at_end(timeline):
     return sum(b.bytes for b in timeline.blocks if b.end == len(timeline.moments))
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_after_a_custom_function_was_compiled():
+    """Dynamo leaves tensors behind whose storage is gone."""
+    torch._dynamo.reset()
+    weight, x = nn.Parameter(torch.ones(64, 64)), torch.ones(8, 64)
+    step = torch.compile(lambda x: Square.apply(Square.apply(x @ weight) @ weight).mean(), backend="aot_eager")
+    step(x).backward()
+    with record("cpu") as seen:
+        step(x).backward()
+    assert seen.timeline.peak_above_base > 0
+
+
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 

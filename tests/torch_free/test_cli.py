@@ -27,6 +27,7 @@ def script(tmp_path: Path) -> str:
         "import neighbour\n"
         "def make_step():\n    return (lambda batch: batch), neighbour.BATCH\n"
         "def make_one():\n    return 1\n"
+        "def make_two(size):\n    return size, 2\n"
     )
     return str(path)
 
@@ -52,7 +53,9 @@ def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pyt
     code = main(["plan", f"{script}:make_step", "--budget", "24GB", "--machine", "RTX4090", "-o", str(out)])
     assert code == 0
     assert capsys.readouterr().out == f"{plan}\n"
-    assert calls == [{"batch": 3, "budget": "24GB", "machine": machine("rtx4090"), "policy": "greedy"}]
+    assert calls == [
+        {"batch": 3, "budget": "24GB", "machine": machine("rtx4090"), "policy": "greedy", "inner": "inductor"}
+    ]
     assert Plan.load(out) == plan
 
 
@@ -103,7 +106,10 @@ def test_a_plan_that_does_not_fit_gates(script: str, calls: Calls, plan: Plan, m
     [
         ("{}", [], "did you mean"),
         ("{}:make_stpe", [], "no function 'make_stpe'"),
-        ("{}:make_one", [], "returned a int"),
+        ("{}:make_one", [], "returned 1: return the pair"),
+        ("{}:make_two", [], "missing a required argument: 'size'"),
+        ("{}:makestep", [], "did you mean 'make_step'"),
+        ("{}:make_step", ["-o", "plan.txt"], "the formats are .json and .png"),
         ("absent.py:make_step", [], "not a Python file that exists"),
         ("{}:make_step", ["--budget", "24"], 'did you mean "24GB"'),
         ("{}:make_step", ["--machine", "h1000"], "did you mean 'h100'"),

@@ -99,7 +99,7 @@ PLAN = every(
     forward=some(every(Run)),
     backward=some(every(Run)),
     timeline=TIMELINE,
-    budget=every(Budget),
+    budget=every(Budget, reserve=REAL),
     machine=MACHINE,
     base_seconds=REAL,
     notes=some(st.text()),

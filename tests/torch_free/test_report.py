@@ -68,11 +68,11 @@ def test_verdict(plan: Plan) -> None:
     last = str(plan).splitlines()[-1]
     spare = human(plan.budget.available - plan.peak)
     assert last.startswith(f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {spare} to spare")
-    assert last.endswith("+5.0 % time (estimate); policy by_hand on toy")
+    assert last.endswith("+5.0 % time (estimate); policy by_hand on toy, inner eager")
     short = dataclasses.replace(plan, budget=Budget(plan.peak - 1000))
     assert "does not fit" in str(short).splitlines()[-1]
     assert "short by 1.000 KB" in str(short).splitlines()[-1]
-    held = dataclasses.replace(plan, budget=Budget(10**9, 10**8, 10**7, "clamped"))
+    held = dataclasses.replace(plan, budget=Budget(10**9, 10**8, 0.01, "clamped"))
     assert "less 100.0 MB context and 10.00 MB fragmentation reserve: 890.0 MB for the step (clamped)" in str(held)
 
 
