@@ -17,11 +17,11 @@ from torch import fx
 
 from memplan.errors import MemplanError
 from memplan.here import this_machine
-from memplan.ir import Kind, Plan
+from memplan.ir import Plan
 from memplan.options import Options, read_budget
 from memplan.passes.compat import broken_at, resumed_at
-from memplan.passes.dispatch import Compiler, compile_by_size
-from memplan.passes.partition import Partitioner, gradient_bytes, tensor_names
+from memplan.passes.dispatch import Compiler, adaptive
+from memplan.passes.partition import Partitioner, tensor_names
 
 log = logging.getLogger("torch.memplan")
 
@@ -35,7 +35,6 @@ def memplan_backend(
     read = Options.read(options, os.environ)
     device = "cuda" if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs) else "cpu"
     target = read.machine or this_machine(device)
-    grads: tuple[tuple[Kind, int], ...] = (("gradient", gradient_bytes(example_inputs)),)
     partitioner = Partitioner(
         policy=read.policy,
         budget=read_budget(read.budget, target),
@@ -43,10 +42,9 @@ def memplan_backend(
         inner=read.inner,
         on_plan=lambda *_: None,
         names=tensor_names(graph),
-        state=grads if grads[0][1] else (),
         notes=tuple(_limits(graph)),
     )
-    return compile_by_size(
+    return adaptive(
         graph, example_inputs, partitioner, _compiler(read), lambda plan: _report(plan, read), dict(read.limits)
     )
 

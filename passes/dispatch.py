@@ -1,16 +1,18 @@
-"""One graph, many sizes: a plan for every size that comes, made only when no earlier one holds.
+"""One graph, many runs: a plan for the sizes and the memory that each run finds, made only when no earlier one holds.
 
-In: a Dynamo graph whose sizes are symbols, and the inner compiler. Out: a callable that looks at its sizes before it
-runs. A plan is a choice of what to recompute, and its peak grows with every size: so it holds for all sizes up to
-those at which its peak was last computed, exactly, and found inside the budget. Sizes beyond are computed at entry;
-where they are over the budget there is a second plan for twice these sizes, and then the smallest there is.
-What must hold: nothing runs at a size at which its peak is not known to fit; DoesNotFit comes before the run.
+In: a Dynamo graph and the inner compiler. Out: a callable that looks at its sizes, and at the gradients and optimizer
+states that the process holds by now, before it runs. A plan is a choice of what to recompute, and its peak grows with
+each of these: so it holds up to the largest for which its peak was computed, exactly, and found inside the budget.
+What is beyond is computed at entry. Where that is over the budget another plan is made: for what is held now if that
+has grown, else for twice the sizes, and then the smallest there is.
+What must hold: nothing runs where its peak is not known to fit; DoesNotFit comes before the run.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +26,7 @@ from memplan.ir import Plan
 from memplan.passes.calls import Sizes
 from memplan.passes.compat import dimension
 from memplan.passes.partition import Partitioner, Resized, SizesGiven
+from memplan.runtime.held import Held, held, optimizers_of
 
 log = logging.getLogger("torch.memplan")
 
@@ -46,13 +49,13 @@ class Compiled:
         plan, resized = self.plan, self.resized
         if plan is None or resized is None:
             return self
-        return Compiled(self.run, change(plan), lambda sizes: change(resized(sizes)))
+        return Compiled(self.run, change(plan), lambda sizes, held: change(resized(sizes, held)))
 
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any], Partitioner], Compiled]
 
 
-def compile_by_size(
+def adaptive(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
     partitioner: Partitioner,
@@ -61,19 +64,14 @@ def compile_by_size(
     limits: Mapping[str, int],
 ) -> Callable[..., Any]:
     """The callable for a graph; `limits` are the largest sizes to come, where they are known."""
-    symbols = {i: str(n.node.expr) for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
-    if not symbols:
-        compiled = compiler(graph, example_inputs, partitioner)
-        if compiled.plan is not None:
-            report(compiled.plan)
-        return compiled.run
-    named = {i: limits.get(_called(example_inputs[i]), 0) for i in symbols}
-    most = tuple(named[i] or math.inf for i in symbols)
-    by_size = _BySize(copied(graph), partitioner, compiler, report, symbols, most)
-    hinted = tuple(by_size.traced_sizes())
-    first = tuple(h if m is math.inf else max(h, int(m)) for h, m in zip(hinted, most, strict=True))
-    by_size.add(example_inputs, first)
-    return by_size
+    symbols = {i: n for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
+    names = {i: str(n.node.expr) for i, n in symbols.items()}
+    most = tuple(limits.get(_called(n), math.inf) for n in symbols.values())
+    made = _Adaptive(copied(graph), partitioner, compiler, report, names, most)
+    traced = map(Sizes().of, symbols.values())
+    first = tuple(n if m is math.inf else max(n, int(m)) for n, m in zip(traced, most, strict=True))
+    made.add(example_inputs, first, made.held(example_inputs))
+    return made
 
 
 def _called(size: torch.SymInt) -> str:
@@ -82,35 +80,38 @@ def _called(size: torch.SymInt) -> str:
     return DIMENSIONS[where] if where in range(len(DIMENSIONS)) else ""
 
 
+Point = tuple[int, ...]  # what a peak depends on: the sizes, in the order of their symbols, and the bytes held
+
+
 @dataclass
 class _Variant:
-    """A compiled plan, the sizes up to which it is known to fit, and those from which it is known not to."""
+    """A compiled plan, the points up to which it is known to fit, and those from which it is known not to."""
 
     compiled: Compiled
-    fits_up_to: list[tuple[int, ...]]
-    over_from: list[tuple[int, ...]] = field(default_factory=list)
+    fits_up_to: list[Point]
+    over_from: list[Point] = field(default_factory=list)
 
-    def holds(self, sizes: tuple[int, ...]) -> bool:
+    def holds(self, at: Point) -> bool:
         """Whether it is known to fit."""
-        return self.compiled.plan is None or any(_within(sizes, most) for most in self.fits_up_to)
+        return self.compiled.plan is None or any(_within(at, most) for most in self.fits_up_to)
 
-    def fits(self, sizes: tuple[int, ...], given: SizesGiven) -> bool:
+    def fits(self, at: Point, sizes: SizesGiven, held: Held) -> bool:
         """Whether it fits, computed if need be."""
-        if any(_within(least, sizes) for least in self.over_from):
+        if any(_within(least, at) for least in self.over_from):
             return False
         assert self.compiled.resized is not None  # there is a plan, or it would hold
-        found = self.compiled.resized(given).fits
-        (self.fits_up_to if found else self.over_from).append(sizes)
+        found = self.compiled.resized(sizes, held).fits
+        (self.fits_up_to if found else self.over_from).append(at)
         return found
 
 
-def _within(sizes: tuple[int, ...], most: tuple[int, ...]) -> bool:
-    return all(n <= m for n, m in zip(sizes, most, strict=True))
+def _within(at: Point, most: Point) -> bool:
+    return all(n <= m for n, m in zip(at, most, strict=True))
 
 
 @dataclass
-class _BySize:
-    """The callable of compile_by_size. `symbols`: position among the arguments -> size symbol."""
+class _Adaptive:
+    """The callable that `adaptive` makes. `symbols`: position among the arguments -> size symbol."""
 
     graph: fx.GraphModule
     partitioner: Partitioner
@@ -119,54 +120,70 @@ class _BySize:
     symbols: dict[int, str]
     limits: tuple[float, ...]
     variants: list[_Variant] = field(default_factory=list)
+    planned_for: list[tuple[int, ...]] = field(default_factory=list)  # sizes
+    optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
+    looks: int = 3  # runs at whose entry optimizers are looked for, until they are found
 
     def __post_init__(self) -> None:
         nodes = self.graph.graph.find_nodes(op="placeholder")
         self.fakes = [n.meta["example_value"] for n in nodes]  # to compile again when the first inputs are long gone
+        self.parameters = [i for i, f in enumerate(self.fakes) if isinstance(f, torch.nn.Parameter)]
 
     def __call__(self, *args: Any) -> Any:
-        sizes = tuple(args[i] for i in self.symbols)
+        sizes, held = tuple(args[i] for i in self.symbols), self.held(args)
+        at = (*sizes, _total(held))
         for variant in self.variants:
-            if variant.holds(sizes):
+            if variant.holds(at):
                 return variant.compiled.run(*args)
-        return self._find(sizes).compiled.run(*args)
+        return self._find(sizes, held).compiled.run(*args)
 
-    def traced_sizes(self) -> list[int]:
-        """The sizes of the call that the graph was traced from."""
-        known = Sizes()
-        return [known.of(self.fakes[i]) for i in self.symbols]
+    def held(self, args: Sequence[Any]) -> Held:
+        """What the process holds for the parameters among the arguments."""
+        parameters = [args[i] for i in self.parameters]
+        if self.looks and not self.optimizers:  # walking all objects takes up to 0.3 s
+            self.looks -= 1
+            self.optimizers = optimizers_of(parameters)
+        return held(parameters, [o for o in (ref() for ref in self.optimizers) if o is not None])
 
-    def add(self, inputs: Sequence[Any], sizes: tuple[int, ...], **changes: Any) -> _Variant:
-        """Compile a plan for these sizes. Raises DoesNotFit."""
-        partitioner = replace(self.partitioner, sizes=self._given(sizes), **changes)
-        variant = _Variant(self.compiler(self.graph, inputs, partitioner), [sizes])
+    def add(self, inputs: Sequence[Any], sizes: tuple[int, ...], held: Held, *, smallest: bool = False) -> _Variant:
+        """Compile a plan for these sizes with so much held. Raises DoesNotFit."""
+        partitioner = replace(self.partitioner, sizes=self._given(sizes), state=held, smallest=smallest)
+        variant = _Variant(self.compiler(self.graph, inputs, partitioner), [(*sizes, _total(held))])
         self.variants.append(variant)
+        self.planned_for.append(sizes)
         if variant.compiled.plan is not None:
             self.report(variant.compiled.plan)
         return variant
 
-    def _given(self, sizes: tuple[int, ...]) -> SizesGiven:
-        return tuple(zip(self.symbols.values(), sizes, strict=True))
-
-    def _find(self, sizes: tuple[int, ...]) -> _Variant:
-        """A variant that fits at sizes at which none is known to."""
+    def _find(self, sizes: tuple[int, ...], held: Held) -> _Variant:
+        """A variant that fits where none is known to."""
         for variant in self.variants:
-            if any(variant.fits(n, self._given(n)) for n in (self._larger(sizes, MARGIN), sizes)):
-                return variant
-        log.warning("sizes %s do not fit the plan made for smaller ones: planning again", dict(self._given(sizes)))
+            for n in (self._larger(sizes, MARGIN), sizes):
+                if variant.fits((*n, _total(held)), self._given(n), held):
+                    return variant
+        log.warning("no plan fits sizes %s with %s held: planning again", dict(self._given(sizes)), dict(held))
         mode = detect_fake_mode(self.fakes)
         assert mode is not None
         with tracing(TracingContext(mode)):
-            if len(self.variants) == 1:
+            known = _within(sizes, self.planned_for[-1])  # then it is what is held that has grown
+            smallest = not known and len(set(self.planned_for)) > 1
+            if not smallest:
                 try:
-                    return self.add(self.fakes, self._larger(sizes, 2))
+                    return self.add(self.fakes, self.planned_for[-1] if known else self._larger(sizes, 2), held)
                 except DoesNotFit:
-                    return self.add(self.fakes, sizes)
-            return self.add(self.fakes, sizes, smallest=True)
+                    pass  # for these sizes alone, then
+            return self.add(self.fakes, sizes, held, smallest=smallest)
+
+    def _given(self, sizes: tuple[int, ...]) -> SizesGiven:
+        return tuple(zip(self.symbols.values(), sizes, strict=True))
 
     def _larger(self, sizes: tuple[int, ...], factor: float) -> tuple[int, ...]:
         """Sizes times a factor, inside the limits, and never smaller than they are."""
         return tuple(max(n, int(min(n * factor, most))) for n, most in zip(sizes, self.limits, strict=True))
+
+
+def _total(held: Held) -> int:
+    return sum(size for _, size in held)
 
 
 def copied(graph: fx.GraphModule) -> fx.GraphModule:

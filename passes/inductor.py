@@ -29,6 +29,7 @@ from memplan.passes.partition import Partitioner, SizesGiven
 from memplan.passes.pipeline import does_not_fit
 from memplan.passes.simulate import base
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
+from memplan.runtime.held import Held
 
 ROUNDS = 3
 AROUND = 1024  # bytes kept for what runs around the generated code: seeds of gradients, kernels' own odd bytes
@@ -121,11 +122,12 @@ def _compile(
         return Compiled(run), 0
     plan = recorded.plans[-1]
 
-    def resized(sizes: SizesGiven) -> Plan:
-        step = plan.step.at(**{symbol: size for symbol, size in sizes if symbol in dict(plan.step.sizes)})
+    def resized(sizes: SizesGiven, held: Held) -> Plan:
+        known = dict(plan.step.sizes)
+        step = replace(plan.step.at(**{s: n for s, n in sizes if s in known}), resident_bytes=held)
         return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, sources, Sizes(sizes)))
 
-    return Compiled(run, resized(partitioner.sizes), resized), plan.peak
+    return Compiled(run, resized(partitioner.sizes, partitioner.state), resized), plan.peak
 
 
 def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: Sizes) -> Timeline:

@@ -12,20 +12,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch._guards import TracingContext
 
-from memplan.ir import Budget, Kind, Machine, Plan, Step
+from memplan.ir import Budget, Machine, Plan, Step
 from memplan.passes import capture, workspaces
 from memplan.passes.calls import Call
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy, name_of
 from memplan.passes.recompute import split
 from memplan.passes.torch_policies import saved_sets
+from memplan.runtime.held import Held
 
 SizesGiven = tuple[tuple[str, int], ...]  # size symbol -> value
-Resized = Callable[[SizesGiven], Plan]  # the plan of the same decisions at other sizes
+Resized = Callable[[SizesGiven, Held], Plan]  # the plan of the same decisions at other sizes, with more or less held
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Partitioner:
     inner: str
     on_plan: Callable[[Plan, Resized], None]
     names: tuple[str, ...] = ()
-    state: tuple[tuple[Kind, int], ...] = ()  # bytes that no op touches, by kind
+    state: Held = ()  # bytes that no op touches, by kind
     measure: bool = True  # run ops on the CPU to learn their workspaces, rather than look them up
     title: str = "step"
     notes: tuple[str, ...] = ()  # what is known to be missing before anything is captured
@@ -67,8 +67,8 @@ class Partitioner:
             smallest=self.smallest,
         )
 
-        def resized(sizes: SizesGiven) -> Plan:
-            step = dataclasses.replace(self, sizes=sizes).step(joint, *given)
+        def resized(sizes: SizesGiven, held: Held) -> Plan:
+            step = dataclasses.replace(self, sizes=sizes, state=held).step(joint, *given)
             made = evaluate(step, dict(plan.decisions), self.budget, self.machine, self.inner, plan.policy)
             return dataclasses.replace(made, notes=plan.notes)
 
@@ -130,9 +130,3 @@ def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:
 def _clean(name: str) -> str:
     name = re.sub(r"_(parameters|modules|buffers)_", ".", name.removeprefix("L_").removeprefix("G_"))
     return name.replace("self_", "").strip("_.")
-
-
-def gradient_bytes(inputs: Sequence[Any]) -> int:
-    """Bytes of the .grad that parameters hold already: a backward adds to them."""
-    grads = [t.grad for t in inputs if isinstance(t, torch.nn.Parameter) and t.grad is not None]
-    return sum(g.untyped_storage().nbytes() for g in grads)

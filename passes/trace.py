@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 from memplan.errors import MemplanError
 from memplan.ir import Step
 from memplan.passes import capture
-from memplan.passes.partition import Partitioner, gradient_bytes, mutated_inputs
+from memplan.passes.partition import Partitioner, mutated_inputs
+from memplan.runtime.held import held, optimizers_of
 
 _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.abspath(__file__)
 SEARCH_DEPTH = 4  # how far from the step a module may be hidden in closures, containers and attributes
@@ -63,10 +64,9 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
     inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     arguments = [*fakes, *(_fake(mode, leaves[i]) for i in inputs)]
     names = tuple(_name(modules, key) for key in state) + tuple(f"batch[{i}]" for i in range(len(inputs)))
-    grads = gradient_bytes(list(state.values()))
-    partitioner = dataclasses.replace(
-        partitioner, names=names, state=(("gradient", grads),) if grads else (), title=_title(step)
-    )
+    parameters = [t for t in state.values() if isinstance(t, nn.Parameter)]
+    optimizers = [o for o in (ref() for ref in optimizers_of(parameters)) if o is not None]
+    partitioner = dataclasses.replace(partitioner, names=names, state=held(parameters, optimizers), title=_title(step))
     if partitioner.measure and any(t.is_meta for t in [*state.values(), *(leaves[i] for i in inputs)]):
         note = "the step is on the meta device, so no op was run here: the memory inside ops is left out"
         partitioner = dataclasses.replace(partitioner, measure=False, notes=(*partitioner.notes, note))

@@ -144,5 +144,5 @@ def test_the_plan_of_another_length_is_exact(policy, monkeypatch) -> None:
     assert size == 160
     for tokens in (24, 9, 77, 160):
         batch = of_length(sample, tokens)
-        above_base = kept[1].resized(((symbol, tokens - 1),)).timeline.peak_above_base
+        above_base = kept[1].resized(((symbol, tokens - 1),), ()).timeline.peak_above_base
         assert above_base + resident(sample, batch) == total_peak(sample, step, batch), tokens

@@ -1,0 +1,110 @@
+"""Gradients and optimizer states that appear after the step was compiled count against its budget."""
+
+import pytest
+import torch
+from torch import nn
+
+import memplan
+from memplan.backend import memplan_backend
+from memplan.errors import DoesNotFit
+from memplan.ir import Plan
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[Plan]:
+    """The plans that the backend reports, as they come."""
+    seen: list[Plan] = []
+    monkeypatch.setattr("memplan.backend._report", lambda plan, options: seen.append(plan))
+    return seen
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 1))
+
+
+ROWS = torch.linspace(-1, 1, 128 * 64).view(128, 64)
+
+
+def smallest(net: nn.Module) -> int:
+    with pytest.raises(DoesNotFit) as refused:
+        memplan.plan(lambda x: net(x).square().mean(), ROWS, budget=1, inner="eager")
+    return refused.value.smallest
+
+
+def total_peak(net: nn.Module, held: int, step) -> int:
+    """The measured peak of a call, with the parameters, the batch and what is held beside them."""
+    with memplan.record("cpu") as seen:
+        step(ROWS).backward()
+    return seen.timeline.peak_above_base + held + ROWS.nbytes + sum(p.nbytes for p in net.parameters())
+
+
+def planned(net: nn.Module, budget: int):
+    options = {"budget": budget, "inner": "eager"}
+    return torch.compile(lambda x: net(x).square().mean(), backend=memplan_backend, options=options)
+
+
+def test_gradients_that_are_added_to(made) -> None:
+    net = network()
+    gradients = sum(p.nbytes for p in net.parameters())
+    budget = smallest(net) + gradients + 20_000
+    step = planned(net, budget)
+    step(ROWS).backward()
+    first = [p.grad.clone() for p in net.parameters()]
+    step(ROWS).backward()  # compiles the plan that leaves room for the gradients
+    assert [dict(p.step.resident_bytes) for p in made] == [{}, {"gradient": gradients}]
+    assert made[1].overhead > made[0].overhead
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(net.parameters(), first, strict=True))
+    assert total_peak(net, gradients, step) <= budget
+    net.zero_grad()
+    assert total_peak(net, 0, step) <= budget
+    assert len(made) == 2
+
+
+def test_optimizer_states_are_learned(made) -> None:
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters())
+    budget = smallest(net) + 2 * sum(p.nbytes for p in net.parameters()) + 20_000
+    step = planned(net, budget)
+    for _ in range(3):
+        step(ROWS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    states = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+    assert [dict(p.step.resident_bytes) for p in made] == [{}, {"optimizer_state": states}]
+    assert total_peak(net, states, step) <= budget
+
+
+def test_no_room_for_what_is_held(made) -> None:
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters())
+    step = planned(net, smallest(net) + 1000)
+    step(ROWS).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(DoesNotFit, match="does not fit"):
+        step(ROWS)
+    optimizer.state.clear()  # with the states gone the step runs again
+    step(ROWS).backward()
+    assert len(made) == 1
+
+
+def test_plan_counts_what_is_there() -> None:
+    net = network()
+
+    def step(x):
+        return net(x).square().mean()
+
+    before = memplan.plan(step, ROWS, inner="eager").peak
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+    step(ROWS).backward()
+    optimizer.step()
+    parameters = sum(p.nbytes for p in net.parameters())
+    assert memplan.plan(step, ROWS, inner="eager").peak == before + 2 * parameters
