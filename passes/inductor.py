@@ -61,6 +61,10 @@ class _Recorded(CustomPartitionerFn):
         """Code is cached by the planned graphs themselves, so the partitioner adds nothing to the key."""
         return "memplan"
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Inductor pickles its config into that key too."""
+        return str, (self.uuid(),)
+
 
 def compile_inductor(
     graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner, config: dict[str, Any]

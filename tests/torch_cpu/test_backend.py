@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit, MemplanError
@@ -236,3 +237,12 @@ def test_a_step_without_a_backward(tmp_path) -> None:
     net.requires_grad_(False)
     assert torch.equal(planned(net, out=tmp_path / "plan.json")(x), net(x))
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_code_is_not_generated_twice_for_equal_plans() -> None:
+    """The budget is not in the key of Inductor's cache; what follows from it, the planned graphs, is."""
+    for budget in (10**6, 2 * 10**6):
+        torch._dynamo.reset()
+        counters.clear()
+        planned(Net(), inner="inductor", budget=budget)(torch.randn(4, 8)).backward()
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2

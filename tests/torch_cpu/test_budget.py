@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import memplan
 from memplan.backend import memplan_backend
 from memplan.ir import Plan
+from tests.accuracy import exact_gradients, gradients, rms_error, values
 from tests.models import CASES, Sample, unet
 
 MAKE = {case.name: case.make for case in CASES}
@@ -74,7 +75,7 @@ def test_below_checkpointing_by_hand(name, inner, tmp_path) -> None:
     sample, out = MAKE[name](), tmp_path / "plan.json"
     least = smallest(sample, inner, out)
     torch._dynamo.reset()
-    base = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _resident(sample)}.values())
+    base = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in values(sample)}.values())
     assert least < base + bar
     budget = random.randint(least, base + bar - 1)  # unseeded on purpose: any budget in between must do
     peak = measured(sample, planned(sample, inner, budget, out))
@@ -83,26 +84,10 @@ def test_below_checkpointing_by_hand(name, inner, tmp_path) -> None:
     assert peak == pytest.approx(plan.timeline.peak_above_base, rel=0.005), f"budget {budget}"
 
 
-def _resident(sample: Sample) -> list[torch.Tensor]:
-    return [*sample.module.parameters(), *sample.module.buffers(), *sample.batch]
-
-
-def gradients(step, sample: Sample) -> list[torch.Tensor]:
-    sample.module.zero_grad()
-    step(sample.batch).backward()
-    return [p.grad.double() for p in sample.module.parameters()]
-
-
-def rms_error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    wrong = sum(((a - b) ** 2).sum() for a, b in zip(found, exact, strict=True))
-    return float((wrong / sum((b**2).sum() for b in exact)).sqrt())
-
-
 @pytest.mark.parametrize("name", ["llama", "unet"])
 def test_gradients_under_inductor_are_as_good_as_unplanned(name, tmp_path) -> None:
-    reference = MAKE[name](dtype=torch.float64)
-    exact = gradients(reference.step, reference)
     sample = MAKE[name]()
+    exact = exact_gradients(sample, MAKE[name](dtype=torch.float64))
     unplanned = rms_error(gradients(torch.compile(sample.step, backend="inductor"), sample), exact)
     torch._dynamo.reset()
     options = {"policy": "block-checkpoint", "inner": "inductor"}

@@ -9,7 +9,7 @@ import torch
 
 import memplan
 from memplan.backend import memplan_backend
-from memplan.ir import Plan, Recompute
+from memplan.ir import Budget, Plan, Recompute
 from tests.models import CASES, Case
 from tests.planned import NOTHING, Joint, frozen_heap
 
@@ -71,6 +71,8 @@ def test_every_policy_has_the_same_bits_and_the_bytes_it_predicts(case: Case, dr
             assert peak <= plan.timeline.peak_above_base <= 1.15 * peak, plan.policy
         else:
             assert peak == plan.timeline.peak_above_base, plan.policy
+    least = joint.step.base_bytes + min(peaks[: len(POLICIES)])
+    assert joint.plan("greedy", Budget(int(1.05 * least))).fits  # what a built-in policy reaches is never refused
 
 
 @pytest.mark.parametrize(("case", "policy"), list(zip(CASES, ("greedy", *POLICIES[:6]), strict=True)), ids=str)
