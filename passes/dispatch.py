@@ -126,7 +126,9 @@ class _Adaptive:
 
     def __post_init__(self) -> None:
         nodes = self.graph.graph.find_nodes(op="placeholder")
-        self.fakes = [n.meta["example_value"] for n in nodes]  # to compile again when the first inputs are long gone
+        self.fakes = [
+            n.meta.get("example_value") for n in nodes
+        ]  # to compile again when the first inputs are long gone
         self.parameters = [i for i, f in enumerate(self.fakes) if isinstance(f, torch.nn.Parameter)]
 
     def __call__(self, *args: Any) -> Any:

@@ -52,10 +52,19 @@ def _is_zeros(node: fx.Node) -> bool:
 def _one_per_row(node: fx.Node, dim: int, index: fx.Node, value: fx.Node) -> bool:
     """One index along `dim`, and every row of the result has one."""
     out, at, source = (n.meta["val"] for n in (node, index, value))
-    rows: list[Any] = [n for d, n in enumerate(out.shape) if d != dim % out.dim()]
-    same: list[Any] = [n for d, n in enumerate(at.shape) if d != dim % out.dim()]
-    one = at.dim() > 0 and at.shape[dim] == 1 and source.shape == at.shape
+    if not all(isinstance(t.shape[dim], int) for t in (out, at) if t.dim()):
+        return False
+    rows = [_expression(n) for d, n in enumerate(out.shape) if d != dim % out.dim()]
+    same = [_expression(n) for d, n in enumerate(at.shape) if d != dim % out.dim()]
+    one = (
+        at.dim() > 0 and at.shape[dim] == 1 and list(map(_expression, source.shape)) == list(map(_expression, at.shape))
+    )
     return bool(one) and rows == same
+
+
+def _expression(n: Any) -> Any:
+    """A size to compare with another: comparing symbols themselves would tie the graph to their values."""
+    return n.node.expr if isinstance(n, torch.SymInt) else n
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
