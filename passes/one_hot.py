@@ -54,12 +54,11 @@ def _one_per_row(node: fx.Node, dim: int, index: fx.Node, value: fx.Node) -> boo
     out, at, source = (n.meta["val"] for n in (node, index, value))
     if not all(isinstance(t.shape[dim], int) for t in (out, at) if t.dim()):
         return False
-    rows = [_expression(n) for d, n in enumerate(out.shape) if d != dim % out.dim()]
-    same = [_expression(n) for d, n in enumerate(at.shape) if d != dim % out.dim()]
-    one = (
-        at.dim() > 0 and at.shape[dim] == 1 and list(map(_expression, source.shape)) == list(map(_expression, at.shape))
-    )
-    return bool(one) and rows == same
+    wide, narrow, given = (list(map(_expression, t.shape)) for t in (out, at, source))
+    if not narrow or narrow[dim] != 1 or given != narrow:
+        return False
+    wide[dim] = 1
+    return wide == narrow
 
 
 def _expression(n: Any) -> Any:
