@@ -30,6 +30,9 @@ from tests.models import CASES, Make, Sample
 MODELS = {case.name: case.make for case in CASES}
 SMALLEST = "greedy, smallest budget"
 POLICIES = {torch.float32: ("block-checkpoint", SMALLEST), torch.bfloat16: ("sqrt-n",)}
+# torch 2.13's own Inductor generates C++ for this model's backward in bfloat16 that does not compile ("conflicting
+# declaration"), planned or not: its third case is in float32.
+FLOAT32_ONLY = ("gpt_neox",)
 MORE = ("llama", "qwen3_moe", "unet")  # also torch-min-cut in bfloat16: 24 cases in all
 DROPOUT = ("llama", "unet")
 SEEDS = 5
@@ -107,8 +110,9 @@ def main() -> int:
     rows: dict[str, dict[str, Any]] = {}
     broken: list[str] = []
     for model in args.models:
-        for dtype, policies in POLICIES.items():
-            more = ("torch-min-cut",) if dtype == torch.bfloat16 and model in MORE else ()
+        for wanted, policies in POLICIES.items():
+            more = ("torch-min-cut",) if wanted == torch.bfloat16 and model in MORE else ()
+            dtype = torch.float32 if model in FLOAT32_ONLY else wanted
             for policy, row in compare(MODELS[model], dtype, policies + more):
                 name = f"{model}, {str(dtype).removeprefix('torch.')}, {policy}"
                 rows[name] = row
