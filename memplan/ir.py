@@ -238,7 +238,7 @@ class Budget:
 
     def needed_for(self, peak: int) -> int:
         """The smallest budget of this kind that leaves `peak` bytes for the step."""
-        size = int((peak + self.fixed_bytes) / (1 - self.reserve))
+        size = int((peak + self.fixed_bytes) / (1 - self.reserve)) - 2  # the reserve is rounded down: look from below
         while dataclasses.replace(self, bytes=size).available < peak:
             size += 1
         return size

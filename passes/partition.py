@@ -19,7 +19,7 @@ from memplan.ir import Budget, Machine, Plan, Step
 from memplan.passes import capture, workspaces
 from memplan.passes.calls import Call
 from memplan.passes.pipeline import evaluate, make_plan
-from memplan.passes.policies import Policy, name_of
+from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
 from memplan.passes.torch_policies import saved_sets
 from memplan.runtime.held import Held
@@ -94,9 +94,7 @@ class Partitioner:
             title=self.title,
             sizes=self.sizes,
         )
-        saved: tuple[tuple[str, tuple[int, ...]], ...] = ()
-        if name_of(self.policy).startswith("torch"):
-            saved = saved_sets(joint, step, num_fwd_outputs, parameters, name_of(self.policy))
+        saved = saved_sets(joint, step, num_fwd_outputs, parameters, self.policy)
         notes = (*self.notes, *step.notes)
         return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved, notes=notes)
 

@@ -15,27 +15,27 @@ from torch._functorch import partitioners
 
 from memplan.ir import Step
 from memplan.passes.capture import storage_keys
-from memplan.passes.policies import find
+from memplan.passes.policies import Policy, builtin, find
 from memplan.passes.policies.torch_saved import TorchBudget, TorchMinCut
 
 
 def saved_sets(
-    joint: fx.GraphModule, step: Step, num_fwd_outputs: int, parameters: Sequence[int], wanted: str
+    joint: fx.GraphModule, step: Step, num_fwd_outputs: int, parameters: Sequence[int], wanted: str | Policy
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The saved set of the torch policy called `wanted`, or of all of them if it is "torch"."""
+    """The saved set of `wanted` if it is a torch policy, of all of them if it is "torch"."""
+    chosen = builtin().values() if wanted == "torch" else [find(wanted)]
+    ratios = {p.name: getattr(p, "ratio", 1.0) for p in chosen if isinstance(p, (TorchMinCut, TorchBudget))}
+    if not ratios:
+        return ()
     info = partitioners.classify_nodes(joint, list(parameters), num_fwd_outputs)
     _distances(joint, info)
     storage = _storages(step, joint)
-    asked = [p for p in [find(wanted)] if isinstance(p, TorchBudget)] if wanted != "torch" else []
-    budgets = [*(TorchBudget(r) for r in TorchBudget.RATIOS), *asked]
-    ratios = {TorchMinCut().name: 1.0} | {p.name: p.ratio for p in budgets}
     out = []
     for name, ratio in ratios.items():
-        if wanted in (name, "torch"):
-            with torch._functorch.config.patch(activation_memory_budget=ratio):
-                nodes = partitioners.choose_saved_values_set(joint.graph, info, memory_budget=ratio)
-            found = {storage[n] for n in nodes if n in storage}
-            out.append((name, tuple(sorted(found & step.saveable))))
+        with torch._functorch.config.patch(activation_memory_budget=ratio):
+            nodes = partitioners.choose_saved_values_set(joint.graph, info, memory_budget=ratio)
+        found = {storage[n] for n in nodes if n in storage}
+        out.append((name, tuple(sorted(found & step.saveable))))
     return tuple(out)
 
 

@@ -126,6 +126,17 @@ def test_a_model_on_the_meta_device_runs_nothing(monkeypatch) -> None:
     assert any("meta device" in note for note in memplan.plan(net, x, inner="eager").step.notes)
 
 
+def test_a_torch_policy_at_any_ratio_and_another_of_a_like_name() -> None:
+    layers, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(4, 8)
+
+    def net(x: torch.Tensor) -> torch.Tensor:
+        return layers(x).square().mean()
+
+    assert memplan.plan(net, x, inner="eager", policy="torch-budget-0.3").policy == "torch-budget-0.3"
+    mine = memplan.policy("torch-mine")(lambda *_: {})
+    assert memplan.plan(net, x, inner="eager", policy=mine).policy == "torch-mine"
+
+
 def test_a_step_that_is_compiled_already() -> None:
     net, x = Net(), torch.randn(4, 8)
     peak = memplan.plan(net, x, inner="eager").peak

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.errors import MemplanError
-from memplan.ir import Machine
+from memplan.ir import Budget, Machine
 from memplan.machines import machine
 from memplan.options import FRAGMENTATION_RESERVE, Options, parse_bytes, read_budget
 from memplan.units import UNITS, human
@@ -154,3 +154,9 @@ def test_options_are_frozen_and_hashable() -> None:
 def test_bad_options(given: dict[Any, Any], says: str) -> None:
     with pytest.raises(MemplanError, match=says):
         Options.read(given, {})
+
+
+@given(st.integers(0, 10**12), st.integers(0, 10**9), st.sampled_from([0.0, 0.02, 0.3]))
+def test_the_budget_needed_for_a_peak_is_the_smallest(peak: int, fixed: int, reserve: float) -> None:
+    needed = Budget(1, fixed, reserve).needed_for(peak)
+    assert Budget(needed, fixed, reserve).available >= peak > Budget(needed - 1, fixed, reserve).available
