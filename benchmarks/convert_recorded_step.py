@@ -39,7 +39,7 @@ def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], saved: list
         tuple(tensors),
         (
             Graph("forward", tuple(ops[:first]), (), losses),
-            Graph("backward", tuple(ops[first:]), (tangent,), tuple(sorted(gradients))),
+            Graph("backward", tuple(ops[first:]), (tangent,), tuple(sorted(gradients)), "backward"),
         ),
         resident=(),
         saved_by=tuple(

@@ -1,6 +1,6 @@
 """The data that memplan's stages hand to each other: frozen, torch-free, saved as JSON by serialize.py.
 
-    Step      what runs: graphs of Ops over Tensors (storages), in program order
+    Step      what runs: graphs of Ops over Tensors (storages), in order of execution
     Decision  Keep | Recompute, for the gap between a storage's last forward and first backward use
     Plan      a Step, a Decision per storage, and the exact order of execution that follows
     Timeline  what is alive when, predicted or measured: the same type, so comparing them is one function
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,14 +87,25 @@ class Loop:
     accumulators: tuple[int, ...] = ()
 
 
+Phase = Literal["forward", "backward"]
+
+
 @dataclass(frozen=True)
 class Graph:
-    """Ops in program order. `inputs` exist before it runs; `outputs` outlive it."""
+    """Ops in program order, of one phase.
+
+    `unit`: a forward graph and the backward graph that autograd pairs with it have the same number. A decision is about
+    a storage between the two; what another unit reads is simply there.
+    `inputs`: storages that the caller holds while the graph runs: resident ones, tangents, values across a break.
+    `outputs`: storages that outlive the step.
+    """
 
     name: str
     ops: tuple[Op, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    phase: Phase = "forward"
+    unit: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,8 +118,10 @@ class Gap:
 
 @dataclass(frozen=True)
 class Step:
-    """A train step. Part of it is a pair of graphs, "forward" then "backward", over one list of storages.
+    """A train step: graphs in order of execution, over one list of storages.
 
+    One compiled graph is a pair, forward and backward. A graph break makes forward 1, forward 2, backward 2, backward
+    1; micro-batches with their backward inside make forward 1, backward 1, forward 2, backward 2, and what follows.
     `resident`: storages alive throughout (parameters, buffers, the batch).
     `resident_bytes`: state that no op touches, by kind (existing .grad, optimizer states).
     `saved_by`: what torch's own partitioner would save, by policy name, so that policies need no torch.
@@ -125,13 +139,15 @@ class Step:
     fused: bool = False  # the inner compiler fuses pointwise chains and reuses dying buffers (Inductor)
     notes: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def forward(self) -> Graph:
-        return self.graphs[0]
+        """All forward graphs as one."""
+        return _joined([g for g in self.graphs if g.phase == "forward"])
 
-    @property
+    @functools.cached_property
     def backward(self) -> Graph:
-        return self.graphs[-1]
+        """All backward graphs as one, in order of execution."""
+        return _joined([g for g in self.graphs if g.phase == "backward"])
 
     @functools.cached_property
     def ops(self) -> tuple[Op, ...]:
@@ -139,27 +155,62 @@ class Step:
         return self.forward.ops + self.backward.ops
 
     @functools.cached_property
+    def spans(self) -> tuple[range, ...]:
+        """For each graph, the indices of its ops in `ops`."""
+        ends = {"forward": 0, "backward": len(self.forward.ops)}
+        out = []
+        for graph in self.graphs:
+            out.append(range(ends[graph.phase], ends[graph.phase] + len(graph.ops)))
+            ends[graph.phase] += len(graph.ops)
+        return tuple(out)
+
+    @functools.cached_property
     def producer(self) -> dict[int, tuple[int, Op]]:
         """storage -> (index in `ops`, op) that allocates it; resident storages and tangents are absent."""
         return {t: (i, op) for i, op in enumerate(self.ops) for t in op.outputs}
 
     @functools.cached_property
+    def between(self) -> frozenset[int]:
+        """Storages that graphs hand to each other with nothing to decide: all but those that a forward graph makes for
+        the backward graph of its own unit alone.
+        """
+        if len(self.graphs) == 2:
+            return frozenset()
+        maker = {t: g for g in self.graphs for op in g.ops for t in op.outputs}
+        read = ((t, g) for g in self.graphs for op in g.ops for t in op.inputs if t in maker)
+        return frozenset(
+            t for t, g in read if maker[t] is not g and (maker[t].phase == "backward" or maker[t].unit != g.unit)
+        )
+
+    @functools.cached_property
+    def given(self) -> frozenset[int]:
+        """Storages that an op may read whenever it runs: they are resident, or live until their last use."""
+        return frozenset(self.resident) | (self.between - self.late)
+
+    @functools.cached_property
+    def late(self) -> frozenset[int]:
+        """Storages that exist only in backward: they depend on a tangent. Of a backward graph without tangents, whose
+        loss is in the same graph, all results count.
+        """
+        late = set(self.backward.inputs)
+        for graph in self.graphs:
+            if graph.phase == "backward":
+                for op in graph.ops:
+                    if not graph.inputs or not late.isdisjoint(op.inputs):
+                        late.update(op.outputs)
+        return frozenset(late)
+
+    @functools.cached_property
     def saveable(self) -> frozenset[int]:
-        """Storages that can cross from forward to backward: made by an op, and independent of the tangents."""
-        tainted, out = set(self.backward.inputs), set[int]()
-        for op in self.ops:
-            if tainted.isdisjoint(op.inputs):
-                out.update(op.outputs)
-            else:
-                tainted.update(op.outputs)
-        return frozenset(out)
+        """Storages that can cross from forward to backward by decision: made by an op, not `late`, not `given`."""
+        return frozenset(t for op in self.ops for t in op.outputs) - self.late - self.given
 
     @functools.cached_property
     def read_in_backward(self) -> frozenset[int]:
-        """Storages of the forward graph that backward reads or returns: what save-all keeps."""
+        """Storages of a forward graph that backward reads or returns: what save-all keeps."""
         made = {t for op in self.forward.ops for t in op.outputs}
         read = {t for op in self.backward.ops for t in op.inputs} | set(self.backward.outputs)
-        return frozenset(made & read)
+        return frozenset(made & read & self.saveable)
 
     @functools.cached_property
     def base_bytes(self) -> int:
@@ -174,6 +225,22 @@ class Step:
         values = dict(self.sizes) | sizes
         tensors = tuple(dataclasses.replace(t, bytes=t.formula.at(values)) if t.formula else t for t in self.tensors)
         return dataclasses.replace(self, tensors=tensors, sizes=tuple(values.items()))
+
+
+def _joined(graphs: Sequence[Graph]) -> Graph:
+    if len(graphs) == 1:
+        return graphs[0]
+
+    def chain(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(parts)))
+
+    return Graph(
+        ", ".join(g.name for g in graphs),
+        tuple(op for g in graphs for op in g.ops),
+        chain(g.inputs for g in graphs),
+        chain(g.outputs for g in graphs),
+        graphs[0].phase if graphs else "backward",
+    )
 
 
 @dataclass(frozen=True)
@@ -339,8 +406,7 @@ class Plan:
 
     step: Step
     decisions: tuple[tuple[int, Decision], ...]
-    forward: tuple[Run, ...]
-    backward: tuple[Run, ...]
+    runs: tuple[tuple[Run, ...], ...]  # one list for each of the step's graphs
     timeline: Timeline
     budget: Budget
     machine: Machine
@@ -348,6 +414,20 @@ class Plan:
     base_seconds: float  # the step's estimated time with nothing recomputed
     inner: str = "eager"
     notes: tuple[str, ...] = ()
+
+    @property
+    def forward(self) -> tuple[Run, ...]:
+        """The runs of all forward graphs."""
+        return self._runs("forward")
+
+    @property
+    def backward(self) -> tuple[Run, ...]:
+        """The runs of all backward graphs."""
+        return self._runs("backward")
+
+    def _runs(self, phase: Phase) -> tuple[Run, ...]:
+        pairs = zip(self.step.graphs, self.runs, strict=True)
+        return tuple(run for graph, runs in pairs if graph.phase == phase for run in runs)
 
     @property
     def peak(self) -> int:

@@ -18,7 +18,7 @@ NEAR, WIDER = 3, 1.25  # a boundary is at most WIDER times the narrowest of the 
 
 def frontiers(step: Step) -> list[frozenset[int]]:
     """The storages that cross each block boundary, in program order. Block k lies between frontiers k-1 and k."""
-    ops, resident = step.forward.ops, set(step.resident)
+    ops = step.forward.ops
     made, last = _extent(step)
     width = np.zeros(len(ops) + 1)
     for t, start in made.items():
@@ -30,7 +30,7 @@ def frontiers(step: Step) -> list[frozenset[int]]:
     deep = [int(p) for p in found[shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)]]
     narrowest = [min(width[p] for p in deep[max(0, k - NEAR) : k + NEAR + 1]) for k in range(len(deep))]
     return [
-        frozenset(t for t in made if made[t] < p <= last[t] and t not in resident)
+        frozenset(t for t in made if made[t] < p <= last[t] and t not in step.given)
         for p, least in zip(deep, narrowest, strict=True)
         if width[p] <= WIDER * least
     ]

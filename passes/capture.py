@@ -142,7 +142,13 @@ class _Reader:
             tensors=tuple(self.tensors),
             graphs=(
                 Graph("forward", tuple(self.forward), tuple(self.resident), self._outputs(self.forward_outputs)),
-                Graph("backward", tuple(self.backward), tuple(self.tangents), self._outputs(self.backward_outputs)),
+                Graph(
+                    "backward",
+                    tuple(self.backward),
+                    tuple(self.tangents),
+                    self._outputs(self.backward_outputs),
+                    "backward",
+                ),
             ),
             resident=tuple(self.resident),
             sizes=tuple(sorted(self.symbols.items())),

@@ -4,12 +4,14 @@ In: a Plan. Out: one sentence per broken rule, none for a valid plan. Executes t
 storages, the way an executor would over memory.
 """
 
-from memplan.ir import Keep, Plan, Run, Step
+from memplan.ir import Keep, Plan, Step
 
 
 def check(plan: Plan) -> list[str]:
     """The rules that `plan` breaks."""
-    return [*_decisions(plan), *_forward(plan), *_backward(plan)]
+    if len(plan.runs) != len(plan.step.graphs):
+        return [f"runs for {len(plan.runs)} graphs, and the step has {len(plan.step.graphs)}"]
+    return [*_decisions(plan), *_execution(plan), *_counts(plan)]
 
 
 def _decisions(plan: Plan) -> list[str]:
@@ -26,70 +28,85 @@ def _decisions(plan: Plan) -> list[str]:
             broken.append(f"{name}: {decision} for a {plan.step.tensors[t].kind} that is always there")
         elif _needs_tangents(plan.step, t):
             broken.append(f"{name}: {decision} for a storage that exists only in backward")
+        elif t in _read_elsewhere(plan.step):
+            broken.append(f"{name}: {decision} for a storage that another unit of the step reads")
     return broken
 
 
 def _needs_tangents(step: Step, storage: int) -> bool:
     seen, stack = set(), [storage]
+    alone = {t for g in step.graphs if g.phase == "backward" and not g.inputs for op in g.ops for t in op.outputs}
+    ahead = {t for op in step.forward.ops for t in op.outputs}
     while stack:
         t = stack.pop()
-        if t in step.backward.inputs:
+        if t in step.backward.inputs or t in alone:  # alone: with its loss in the same graph
             return True
-        if t in step.producer and t not in seen:
+        if t in step.producer and t not in seen and t not in ahead:
             seen.add(t)
             stack.extend(step.producer[t][1].inputs)
     return False
 
 
-def _forward(plan: Plan) -> list[str]:
-    step, broken = plan.step, []
-    count: dict[int, int] = {}
-    have = set(step.resident)
-    for run in plan.forward:
-        broken += _run(step, run, have, "forward")
-        if run.again:
-            broken.append(f"{step.ops[run.op].name}: marked as recomputed in forward")
-        count[run.op] = count.get(run.op, 0) + 1
-    for i, op in enumerate(step.forward.ops):
-        if count.get(i, 0) != 1:
-            broken.append(f"{op.name}: runs {count.get(i, 0)} times in forward, not once")
-    broken += [f"{step.ops[i].name}: runs twice in forward" for i, n in count.items() if n > 1]
-    crossing = {t for t, d in plan.decisions if isinstance(d, Keep)}
-    for t in sorted((crossing | set(step.forward.outputs)) - have):
-        broken.append(f"{_name(step, t)}: leaves forward and was never made there")
-    return broken
+def _read_elsewhere(step: Step) -> set[int]:
+    """Storages that a forward graph makes and a graph of another unit reads."""
+    makers = [(g.unit, {t for op in g.ops for t in op.outputs}) for g in step.graphs if g.phase == "forward"]
+    readers = [(g.unit, {t for op in g.ops for t in op.inputs}) for g in step.graphs]
+    return {t for unit, made in makers for other, read in readers if other != unit for t in made & read}
 
 
-def _backward(plan: Plan) -> list[str]:
+def _execution(plan: Plan) -> list[str]:
+    """Every run finds what it reads, and every graph leaves behind what it should."""
     step, broken = plan.step, []
-    ahead = {run.op for run in plan.forward}
-    have = set(step.resident) | set(step.backward.inputs) | {t for t, d in plan.decisions if isinstance(d, Keep)}
-    ran: set[int] = set()
-    for run in plan.backward:
-        op = step.ops[run.op]
-        broken += _run(step, run, have, "backward")
-        if run.op in ran:
-            broken.append(f"{op.name}: runs twice in backward")
-        ran.add(run.op)
-        if run.again != (run.op in ahead):
-            broken.append(f"{op.name}: wrongly marked as {'recomputed' if run.again else 'running first'}")
-        if run.op in ahead and op.fixed:
-            broken.append(f"{op.name}: recomputed, and must not be: {op.fixed}")
-    first = len(step.forward.ops)
-    for i, op in enumerate(step.backward.ops, first):
-        if not op.outputs and i not in ran:
-            broken.append(f"{op.name}: runs for its effects, and never runs")
+    elsewhere = _read_elsewhere(step)
+    kept = {t for t, d in plan.decisions if isinstance(d, Keep)}
+    have, made_ahead = set(step.resident), set[int]()
+    for graph, runs in zip(step.graphs, plan.runs, strict=True):
+        if graph.phase == "backward":
+            have -= made_ahead - kept - elsewhere
+            made_ahead = set()
+        have.update(t for t in graph.inputs if t not in step.producer)
+        for run in runs:
+            op = step.ops[run.op]
+            missing = [_name(step, t) for t in op.inputs if t not in have]
+            if missing:
+                broken.append(f"{op.name}: reads {', '.join(missing)} in {graph.name}, which is not there")
+            have.update(op.outputs)
+            if graph.phase == "forward":
+                made_ahead.update(op.outputs)
+        leaves = {t for t in kept if t in step.producer and step.producer[t][1] in graph.ops} | set(graph.outputs)
+        if graph.phase == "forward":
+            for t in sorted(leaves - have):
+                broken.append(f"{_name(step, t)}: leaves {graph.name} and was never made there")
     for t in sorted(set(step.backward.outputs) - have - set(step.forward.outputs)):
         broken.append(f"{_name(step, t)}: an output of backward that is never made")
     return broken
 
 
-def _run(step: Step, run: Run, have: set[int], where: str) -> list[str]:
-    """Execute one run over the set of storages `have`."""
-    op = step.ops[run.op]
-    missing = [_name(step, t) for t in op.inputs if t not in have]
-    have.update(op.outputs)
-    return [f"{op.name}: reads {', '.join(missing)} in {where}, which is not there"] if missing else []
+def _counts(plan: Plan) -> list[str]:
+    """Every op runs in its own graph, once; in backward those of forward may run again, if they are marked and may."""
+    step, broken = plan.step, []
+    ahead: set[int] = set()
+    for graph, span, runs in zip(step.graphs, step.spans, plan.runs, strict=True):
+        count: dict[int, int] = {}
+        for run in runs:
+            op = step.ops[run.op]
+            count[run.op] = count.get(run.op, 0) + 1
+            if graph.phase == "forward" and run.again:
+                broken.append(f"{op.name}: marked as recomputed in {graph.name}")
+            if graph.phase == "backward" and run.again != (run.op in ahead):
+                broken.append(f"{op.name}: wrongly marked as {'recomputed' if run.again else 'running first'}")
+            if graph.phase == "backward" and run.op in ahead and op.fixed:
+                broken.append(f"{op.name}: recomputed, and must not be: {op.fixed}")
+        ahead.update(count)
+        for i in span:
+            if graph.phase == "forward" and count.get(i, 0) != 1:
+                broken.append(f"{step.ops[i].name}: runs {count.get(i, 0)} times in {graph.name}, not once")
+            if graph.phase == "backward" and not step.ops[i].outputs and i not in count:
+                broken.append(f"{step.ops[i].name}: runs for its effects, and never runs")
+        for i, n in count.items():
+            if n > 1 and (graph.phase == "backward" or i not in span):
+                broken.append(f"{step.ops[i].name}: runs twice in {graph.name}")
+    return broken
 
 
 def _name(step: Step, storage: int) -> str:

@@ -51,8 +51,11 @@ def inputs_and_outputs(step: Step, runs: Sequence[Run], keep: Collection[int]) -
     return out
 
 
-def inplace(step: Step, lives: list[Life], accesses: Sequence[Access], split: int) -> list[Life]:
-    """Let a fused op's output take the place of an input of the same size that dies in it."""
+def inplace(step: Step, lives: list[Life], accesses: Sequence[Access], graph: Sequence[int]) -> list[Life]:
+    """Let a fused op's output take the place of an input of the same size that dies in it and that the same graph made.
+
+    `graph`: for each moment, which graph runs.
+    """
     fusible = {t for op in step.ops if op.fusion != "extern" for t in op.outputs}
     ending: dict[tuple[int, int], list[int]] = {}
     for i, life in enumerate(lives):
@@ -64,11 +67,7 @@ def inplace(step: Step, lives: list[Life], accesses: Sequence[Access], split: in
         reads = accesses[life.start].reads
         dying = ending.get((life.start + 1, life.bytes), [])
         for i in dying:
-            if (
-                lives[i].storage in reads
-                and lives[i].start < life.start
-                and (lives[i].start >= split) == (life.start >= split)
-            ):
+            if lives[i].storage in reads and lives[i].start < life.start and graph[lives[i].start] == graph[life.start]:
                 out[i] = lives[i]._replace(end=life.start)
                 dying.remove(i)
                 break

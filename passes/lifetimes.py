@@ -1,8 +1,9 @@
 """An order of execution -> the half-open lifetime of every storage in it.
 
-In: a Step, its forward and backward Runs, the storages that cross. Out: one Life per storage and execution.
-A moment is the index of a run, forward first. What must hold: a storage is alive from the run that makes it
-to the run that reads it last, both included; graph outputs live to the end; a recomputed storage has two lives.
+In: a Step, the Runs of each of its graphs, the storages that cross. Out: one Life per storage and execution.
+A moment is the index of a run, counted through all graphs. What must hold: a storage is alive from the run that makes
+it to the run that reads it last, both included; step outputs live to the end; a recomputed storage has two lives; what
+a graph is given by its caller lives at least as long as that graph runs.
 This is liveness of the executors: names are dropped after their last use, and nothing else holds a storage.
 """
 
@@ -23,57 +24,68 @@ class Life(NamedTuple):
     again: bool
 
 
-def lifetimes(step: Step, forward: Sequence[Run], backward: Sequence[Run], saved: Collection[int]) -> list[Life]:
-    """Every life, in order of start within each graph."""
-    split, count = len(forward), len(forward) + len(backward)
-    crossing, first, final = set(saved), set(step.forward.outputs), set(step.backward.outputs)
-    ahead = _accesses(step, forward, keep=crossing | first)
-    behind = _accesses(step, backward, keep=final)
-    last_ahead, last_behind = _last_reads(ahead), _last_reads(behind)
+def lifetimes(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int]) -> list[Life]:
+    """Every life, in order of start."""
+    stays = step.given.union(saved)  # read from their first life, even if an op with several results makes them again
+    count = sum(map(len, runs))
+    lives: list[list[int]] = []  # storage, start, end, again
+    first, current = dict[int, int](), dict[int, int]()  # storage -> index in lives
 
-    lives: list[Life] = []
-    for moment, access in enumerate(ahead):
-        for t in access[1]:
-            end = last_ahead.get(t, moment) + 1
-            if t in crossing and t in last_behind:
-                end = split + last_behind[t] + 1
-            if t in first or (t in crossing and t in final):
-                end = count
-            lives.append(Life(t, moment, end, step.tensors[t].bytes, False))
-    for moment, access in enumerate(behind):
-        again = backward[moment].again
-        for t in access[1]:
-            end = split + last_behind.get(t, moment) + 1
-            if t in crossing:  # an op with several results ran again for another: the saved one is read
-                end = split + moment + 1
-            elif t in final:
-                end = count
-            lives.append(Life(t, split + moment, end, step.tensors[t].bytes, again))
-    lives.extend(Life(t, split, count, step.tensors[t].bytes, False) for t in step.backward.inputs)
+    def begin(t: int, start: int, end: int, again: bool) -> None:
+        if t not in first or t not in stays:
+            current[t] = len(lives)
+        first.setdefault(t, len(lives))
+        lives.append([t, start, end, again])
+
+    def hold(life: int, end: int) -> None:
+        lives[life][2] = max(lives[life][2], end)
+
+    resident, accesses, moment = set(step.resident), list[Access](), 0
+    for graph, own, part in zip(step.graphs, runs, _accesses(step, runs, stays), strict=True):
+        given = [t for t in graph.inputs if t not in resident]
+        for t in given:  # tangents: nobody in the step makes them
+            if t not in current:
+                begin(t, moment, moment, False)
+        for run, access in zip(own, part, strict=True):
+            for t in access.reads:
+                if t in current:
+                    hold(current[t], moment + 1)
+            for t in access.writes:
+                begin(t, moment, moment + 1, run.again)
+            moment += 1
+        for t in given:
+            hold(current[t], moment)
+        accesses += part
+    for t in set(step.forward.outputs) & first.keys():
+        hold(first[t], count)
+    for t in set(step.backward.outputs) & first.keys():
+        hold(current[t], count)
+    out = [Life(t, start, end, step.tensors[t].bytes, bool(again)) for t, start, end, again in lives if start < end]
     if step.fused:
-        lives = inplace(step, lives, [Access(*a) for a in (*ahead, *behind)], split)
-    return lives + _inside_ops(step, forward, backward)
+        out = inplace(step, out, accesses, [k for k, own in enumerate(runs) for _ in own])
+    return out + _inside_ops(step, runs)
 
 
-def _accesses(step: Step, runs: Sequence[Run], keep: Collection[int]) -> Sequence[tuple[tuple[int, ...], ...]]:
-    """(reads, writes) of each run; storages in `keep` are always written."""
-    if step.fused:
-        return inputs_and_outputs(step, runs, keep)
-    return [(op.inputs, op.outputs) for op in (step.ops[run.op] for run in runs)]
+def _accesses(step: Step, runs: Sequence[Sequence[Run]], stays: Collection[int]) -> list[list[Access]]:
+    """What each run of each graph reads and writes."""
+    if not step.fused:
+        return [[Access(op.inputs, op.outputs) for op in (step.ops[run.op] for run in own)] for own in runs]
+    forward, backward = {*stays, *step.forward.outputs}, step.between.union(step.backward.outputs)
+    return [
+        inputs_and_outputs(step, own, forward if graph.phase == "forward" else backward)
+        for graph, own in zip(step.graphs, runs, strict=True)
+    ]
 
 
-def _last_reads(accesses: Sequence[tuple[tuple[int, ...], ...]]) -> dict[int, int]:
-    return {t: moment for moment, access in enumerate(accesses) for t in access[0]}
-
-
-def _inside_ops(step: Step, forward: Sequence[Run], backward: Sequence[Run]) -> list[Life]:
+def _inside_ops(step: Step, runs: Sequence[Sequence[Run]]) -> list[Life]:
     """Workspaces, and the generator states that a replayed random op carries from forward to its second run."""
-    lives, ran = [], {run.op: moment for moment, run in enumerate(forward)}
-    for moment, run in enumerate([*forward, *backward]):
+    lives, ran = [], dict[int, int]()
+    for moment, run in enumerate(run for own in runs for run in own):
         op = step.ops[run.op]
         if op.workspace_bytes:
             lives.append(Life(-1, moment, moment + 1, op.workspace_bytes, run.again))
         if op.rng_bytes and run.again:
             lives.append(Life(-1, ran[run.op], moment + 1, op.rng_bytes, True))
             lives.append(Life(-1, moment, moment + 1, op.rng_bytes, True))  # the state put back afterwards
+        ran.setdefault(run.op, moment)
     return lives

@@ -41,17 +41,17 @@ def make_plan(
 def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine, inner: str, policy: str) -> Plan:
     """What follows from the decisions, fitting or not. Raises MemplanError when they make no valid plan."""
     decisions = _resolved(step, decisions, policy)
-    forward, backward = schedule(step, saved_by(step, decisions))
+    runs = schedule(step, saved_by(step, decisions))
+    backward = [run for graph, own in zip(step.graphs, runs, strict=True) if graph.phase == "backward" for run in own]
     read = {t for run in backward for t in step.ops[run.op].inputs} | set(step.backward.outputs)
     saved = saved_by(step, decisions) & read
     again = {t for run in backward if run.again for t in step.ops[run.op].outputs}
-    final: dict[int, Decision] = {t: Keep() for t in saved} | {t: Recompute() for t in again - saved}
+    final: dict[int, Decision] = {t: Keep() for t in saved} | {t: Recompute() for t in again & step.saveable - saved}
     plan = Plan(
         step=step,
         decisions=tuple(sorted(final.items())),
-        forward=forward,
-        backward=backward,
-        timeline=simulate(step, forward, backward, saved, machine),
+        runs=runs,
+        timeline=simulate(step, runs, saved, machine),
         budget=budget,
         machine=machine,
         policy=policy,

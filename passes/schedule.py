@@ -1,7 +1,7 @@
 """Decisions -> the exact order of execution.
 
-In: a Step and a Decision per storage. Out: the storages that cross from forward to backward, and two lists
-of Runs. What must hold: forward ops run in program order; backward ops run in program order, each preceded
+In: a Step and a Decision per storage. Out: the storages that cross from forward to backward, and a list of Runs for
+each graph. What must hold: forward ops run in program order; backward ops run in program order, each preceded
 by just those recomputations it needs that have not run yet, so a recomputed storage is made once, as late as
 possible. The simulator and the rewrite both follow this order and know no other.
 
@@ -30,7 +30,7 @@ def moved_ahead(step: Step, saved: Iterable[int]) -> list[int]:
     """Indices of the backward ops that run in forward so that their results can be saved, in program order."""
     first = len(step.forward.ops)
     late = [t for t in saved if t in step.producer and step.producer[t][0] >= first]
-    return [i for i in closure(step, late, set(step.resident)) if i >= first] if late else []
+    return [i for i in closure(step, late, step.given) if i >= first] if late else []
 
 
 def closure(step: Step, wanted: Iterable[int], available: Collection[int]) -> list[int]:
@@ -45,38 +45,53 @@ def closure(step: Step, wanted: Iterable[int], available: Collection[int]) -> li
     return sorted(needed)
 
 
-def schedule(step: Step, saved: Collection[int]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-    """(forward runs, backward runs) when the storages `saved` cross."""
-    first, early = len(step.forward.ops), moved_ahead(step, saved)
-    forward = _forward_order(step, early)
+def schedule(step: Step, saved: Collection[int]) -> tuple[tuple[Run, ...], ...]:
+    """The runs of each graph when the storages `saved` cross."""
+    early = moved_ahead(step, saved)
+    unit_of = {i: g.unit for g, span in zip(step.graphs, step.spans, strict=True) for i in span} if early else {}
+    late = needs_tangents(step)
+    ran = {*range(len(step.forward.ops)), *early}
+    available = {*step.given, *saved, *step.backward.inputs}
+    out = []
+    for graph, span in zip(step.graphs, step.spans, strict=True):
+        if graph.phase == "forward":
+            runs = _forward_order(step, span, [i for i in early if unit_of[i] == graph.unit])
+        else:
+            own = late if len(span) == len(step.backward.ops) else [i for i in late if i in span]
+            runs = _backward_order(step, own, graph.outputs, available, ran)
+        out.append(tuple(runs))
+    return tuple(out)
 
-    ran = {*range(first), *early}
-    available = {*step.resident, *saved, *step.backward.inputs}
-    backward: list[Run] = []
+
+def _backward_order(
+    step: Step, own: Iterable[int], outputs: Iterable[int], available: set[int], ran: Collection[int]
+) -> list[Run]:
+    """The ops `own`, each behind the ops that make what it reads and is not `available`, which grows."""
+    runs: list[Run] = []
 
     def make(storages: Iterable[int]) -> None:
         missing = [t for t in storages if t not in available]
         if missing:
             for i in closure(step, missing, available):
-                backward.append(Run(i, again=i in ran))
+                runs.append(Run(i, again=i in ran))
                 available.update(step.ops[i].outputs)
 
-    for i in needs_tangents(step):
+    for i in own:
         make(step.ops[i].inputs)
-        backward.append(Run(i))
+        runs.append(Run(i))
         available.update(step.ops[i].outputs)
-    make(sorted(step.backward.outputs))
-    return tuple(forward), tuple(backward)
+    make(sorted(outputs))
+    return runs
 
 
-def _forward_order(step: Step, early: list[int]) -> list[Run]:
-    """Forward ops in program order, each early backward op right after the last of its inputs."""
+def _forward_order(step: Step, span: range, early: list[int]) -> list[Run]:
+    """A graph's ops in program order, each early backward op right after the last of its inputs."""
     if not early:
-        return [Run(i) for i in range(len(step.forward.ops))]
+        return [Run(i) for i in span]
     runs: list[Run] = []
-    made = set(step.resident)
+    made = set(step.given).difference(*(step.ops[i].outputs for i in span))
     waiting = list(early)
-    for i in range(len(step.forward.ops)):
+    for i in span:
         runs.append(Run(i))
         made.update(step.ops[i].outputs)
         ready = [e for e in waiting if made.issuperset(step.ops[e].inputs)] if waiting else []

@@ -1,7 +1,7 @@
 """An order of execution -> a Timeline: bytes exactly, from op order alone; time as an estimate.
 
-In: a Step, its Runs and the storages that cross. Out: who is alive when. Bytes depend on no clock, so they are
-the same on every machine; seconds are the roofline's. `peak` is the same arithmetic without the names, for
+In: a Step, the Runs of its graphs and the storages that cross. Out: who is alive when. Bytes depend on no clock, so
+they are the same on every machine; seconds are the roofline's. `peak` is the same arithmetic without the names, for
 policies that ask often.
 """
 
@@ -13,29 +13,32 @@ from memplan.passes.lifetimes import Life, lifetimes
 from memplan.passes.schedule import schedule
 
 
-def simulate(
-    step: Step, forward: Sequence[Run], backward: Sequence[Run], saved: Collection[int], machine: Machine
-) -> Timeline:
+def simulate(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int], machine: Machine) -> Timeline:
     """The predicted timeline of one step."""
     moments, clock = [], 0.0
-    runs = [*forward, *backward]
-    for i, run in enumerate(runs):
-        op = step.ops[run.op]
-        clock += machine.seconds(op)
-        moments.append(Moment(op.name, clock, "forward" if i < len(forward) else "backward"))
+    for graph, own in zip(step.graphs, runs, strict=True):
+        for run in own:
+            op = step.ops[run.op]
+            clock += machine.seconds(op)
+            moments.append(Moment(op.name, clock, graph.phase))
+    order = [run for own in runs for run in own]
     gradients = set(step.backward.outputs)
     blocks = tuple(
-        _block(step, life, runs, crossing=life.start < len(forward) < life.end, gradients=gradients)
-        for life in lifetimes(step, forward, backward, saved)
+        _block(step, life, order, crossing=_crosses(moments, life), gradients=gradients)
+        for life in lifetimes(step, runs, saved)
     )
     return Timeline(step.name, "predicted", tuple(moments), blocks, base(step), step.notes)
 
 
+def _crosses(moments: Sequence[Moment], life: Life) -> bool:
+    return moments[life.start].phase == "forward" and moments[life.end - 1].phase == "backward"
+
+
 def peak(step: Step, saved: Collection[int]) -> int:
     """The peak in bytes, base included, when the storages `saved` cross."""
-    forward, backward = schedule(step, saved)
-    change = [0] * (len(forward) + len(backward) + 1)
-    for life in lifetimes(step, forward, backward, saved):
+    runs = schedule(step, saved)
+    change = [0] * (sum(map(len, runs)) + 1)
+    for life in lifetimes(step, runs, saved):
         change[life.start] += life.bytes
         change[life.end] -= life.bytes
     return step.base_bytes + max(itertools.accumulate(change[:-1]), default=0)

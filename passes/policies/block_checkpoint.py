@@ -20,12 +20,12 @@ def keep_only(step: Step, wanted: Sequence[int] | frozenset[int]) -> Decisions:
 
 def _fixed_results(step: Step, kept: frozenset[int]) -> frozenset[int]:
     """What ops that must not run twice make, where recomputing backward's reads would run them again."""
-    available = kept | set(step.resident)
+    available = kept | step.given
     fixed: set[int] = set()
     for i in closure(step, step.read_in_backward - kept, available):
         if step.ops[i].fixed:
             fixed.update(step.ops[i].outputs)
-    return frozenset(fixed)
+    return step.saveable & fixed
 
 
 @dataclass(frozen=True)

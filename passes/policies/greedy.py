@@ -88,7 +88,7 @@ def _sets(step: Step, machine: Machine, points: int) -> Iterator[frozenset[int]]
 
 def _measure(step: Step, seconds: Sequence[float], roots: set[int], saved: Collection[int]) -> Point | None:
     """The point, less what backward never reads; None if an op would run twice that must not."""
-    late = closure(step, roots & step.saveable, {*step.resident, *saved})
+    late = closure(step, roots & step.saveable, {*step.given, *saved})
     crossing = frozenset(roots.union(*(step.ops[i].inputs for i in late)).intersection(saved))
     ran = {*range(len(step.forward.ops)), *moved_ahead(step, crossing)}
     again = [i for i in late if i in ran]

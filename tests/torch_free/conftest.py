@@ -52,7 +52,10 @@ def make_step(layers: int = 4) -> Step:
     return Step(
         "toy",
         tuple(tensors),
-        (Graph("forward", tuple(forward), resident, (loss,)), Graph("backward", tuple(backward), (), gradients)),
+        (
+            Graph("forward", tuple(forward), resident, (loss,)),
+            Graph("backward", tuple(backward), (), gradients, "backward"),
+        ),
         resident,
         notes=("toy.py:12: nothing was found here",),
     )
@@ -85,8 +88,7 @@ def make_plan(layers: int = 4, budget: int = 2**24) -> Plan:
     return Plan(
         step,
         tuple(decisions.items()),
-        forward,
-        backward,
+        (forward, backward),
         timeline,
         Budget(budget),
         MACHINE,

@@ -8,9 +8,22 @@ MACHINE = Machine("random", "cpu", 2**40, 1e9, (("float32", 1e10),), unified=Tru
 BYTES = st.sampled_from((0, 1, 4, 10, 64, 100, 1000))
 
 
+LAYOUTS = {  # (phase, unit) in order of execution
+    "one pair": (("forward", 0), ("backward", 0)),
+    "a graph break": (("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0)),
+    "two breaks, the middle without backward": (
+        ("forward", 0), ("forward", 1), ("forward", 2), ("backward", 2), ("backward", 0)
+    ),
+    "micro-batches in one graph": (
+        ("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1), ("forward", 2)
+    ),
+}  # fmt: skip
+
+
 @st.composite
-def steps(draw: st.DrawFn, *, fused: bool = False, max_ops: int = 12) -> Step:
-    """A forward DAG and a backward that reads tangents and whatever was made before, in program order.
+def steps(draw: st.DrawFn, *, fused: bool = False, max_ops: int = 12, layout: str = "one pair") -> Step:
+    """Graphs over a DAG, in program order: forward graphs read what forward graphs made before, backward graphs that
+    too, their tangents, and what backward graphs made before.
 
     Some ops make two storages or none, must not run twice, are random or need a workspace; some backward ops
     depend on no tangent; some storages have no bytes; backward may return what forward made.
@@ -37,37 +50,57 @@ def steps(draw: st.DrawFn, *, fused: bool = False, max_ops: int = 12) -> Step:
             rng_bytes=draw(st.sampled_from((0, 0, 0, 16))),
         )
 
+    def some(of: list[int], most: int) -> tuple[int, ...]:
+        return tuple(draw(st.lists(st.sampled_from(of), max_size=most, unique=True))) if of else ()
+
     resident = tuple(storage(f"resident{k}") for k in range(draw(st.integers(1, 2))))
-    readable = list(resident)
-    forward = []
-    for k in range(draw(st.integers(1, max_ops))):
-        forward.append(op(f"f{k}", readable))
-        readable += forward[-1].outputs
-    made = readable[len(resident) :]
-    tangents = tuple(storage(f"tangent{k}") for k in range(draw(st.integers(1, 2))))
-    readable += tangents
-    backward = []
-    for k in range(draw(st.integers(1, max_ops))):
-        backward.append(op(f"b{k}", readable))
-        readable += backward[-1].outputs
-    gradients = [t for b in backward for t in b.outputs]
-    some = st.lists(st.sampled_from(made), max_size=2, unique=True) if made else st.just([])
-    returned = st.lists(st.sampled_from(gradients), max_size=4, unique=True) if gradients else st.just([])
-    return Step(
-        "random",
-        tuple(tensors),
-        (
-            Graph("forward", tuple(forward), resident, tuple(draw(some))),
-            Graph("backward", tuple(backward), tangents, (*draw(returned), *draw(some)[:1])),
-        ),
-        resident,
-        fused=fused,
-    )
+    inside = layout == "micro-batches in one graph"
+    made: dict[int, int] = {}  # by forward graphs -> unit
+    late: list[int] = []  # by backward graphs that others may read: tangents, gradients
+    graphs = []
+    for phase, unit in LAYOUTS[layout]:
+        tangents: tuple[int, ...] = ()
+        own = [t for t in made if made[t] == unit]
+        if phase == "backward" and not inside:
+            tangents = tuple(storage(f"tangent{unit}.{k}") for k in range(draw(st.integers(1, 2)))) + some(late, 1)
+        readable = [*resident, *(t for t in made if made[t] <= unit), *tangents]
+        if inside:
+            readable += late
+        ops = []
+        for k in range(draw(st.integers(1, max_ops))):
+            ops.append(op(f"{phase[0]}{unit}.{k}", readable))
+            readable += ops[-1].outputs
+        mine = [t for o in ops for t in o.outputs]
+        read = {t for o in ops for t in o.inputs}
+        if phase == "forward":
+            inputs = (*resident, *(() if inside else sorted(t for t in read if made.get(t, unit) != unit)))
+            made |= dict.fromkeys(mine, unit)
+            graphs.append(Graph(f"forward {unit}", tuple(ops), inputs, some(mine, 2), "forward", unit))
+        else:
+            outputs = (*some(mine, 4), *some(own, 1))
+            late += [t for t in mine if t in _tainted(ops, {*tangents, *late}, everything=inside)]
+            name = f"backward {unit}"
+            graphs.append(Graph(name, tuple(ops), tangents, outputs, "backward", unit))
+    return Step("random", tuple(tensors), tuple(graphs), resident, fused=fused)
+
+
+def _tainted(ops: list[Op], late: set[int], *, everything: bool) -> set[int]:
+    """What of a backward graph's results depends on a tangent."""
+    late = set(late)
+    for op in ops:
+        if everything or not late.isdisjoint(op.inputs):
+            late.update(op.outputs)
+    return late
 
 
 @st.composite
-def steps_and_saved(draw: st.DrawFn, *, fused: bool = False) -> tuple[Step, frozenset[int]]:
+def steps_and_saved(draw: st.DrawFn, *, fused: bool = False, layout: str = "one pair") -> tuple[Step, frozenset[int]]:
     """A step, and any of the storages that can cross."""
-    step = draw(steps(fused=fused))
+    step = draw(steps(fused=fused, layout=layout))
     every = sorted(step.saveable)
     return step, frozenset(draw(st.lists(st.sampled_from(every), unique=True))) if every else frozenset()
+
+
+def any_steps() -> st.SearchStrategy[Step]:
+    """Of every layout."""
+    return st.sampled_from(sorted(LAYOUTS)).flatmap(lambda layout: steps(layout=layout, max_ops=8))

@@ -23,7 +23,7 @@ class Chain:
         return self.op(f"{name}.residual", 100, below, self.op(f"{name}.down", 100, gate))
 
     def step(self, output: int) -> Step:
-        graphs = (Graph("forward", tuple(self.ops), (0,), (output,)), Graph("backward", (), (), ()))
+        graphs = (Graph("forward", tuple(self.ops), (0,), (output,)), Graph("backward", (), (), (), "backward"))
         return Step("chain", tuple(self.tensors), graphs, (0,))
 
 

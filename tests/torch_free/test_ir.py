@@ -144,9 +144,9 @@ def test_a_damaged_value_is_refused_or_read(data: st.DataObject) -> None:
         ("[1, 2]", "not written by memplan"),
         ('{"nodes": []}', "not written by memplan"),
         ('{"memplan": "Timeline", "schema": 999, "value": {}}', "schema 999"),
-        ('{"memplan": "Timeline", "schema": 1}', "damaged"),
-        ('{"memplan": "Timeline", "schema": 1, "value": {"title": "x", "colour": 1}}', "no field 'colour'"),
-        ('{"memplan": "Step", "schema": 1, "value": {}}', "holds a Step, not a Timeline"),
+        ('{"memplan": "Timeline", "schema": 2}', "damaged"),
+        ('{"memplan": "Timeline", "schema": 2, "value": {"title": "x", "colour": 1}}', "no field 'colour'"),
+        ('{"memplan": "Step", "schema": 2, "value": {}}', "holds a Step, not a Timeline"),
     ],
 )
 def test_foreign_files(text: str, says: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from memplan.passes.policies.save_all import SaveAll
 from memplan.passes.policies.torch_saved import recorded
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import peak
-from tests.torch_free.random_steps import MACHINE, steps
+from tests.torch_free.random_steps import MACHINE, any_steps
 
 ROOFLINE = Machine("roofline-v1", "cuda", 80 * 10**9, 2.6e12, (("bfloat16", 600e12), ("float32", 600e12)))
 BUILT_IN = (SaveAll(), BlockCheckpoint(), SqrtN(), Greedy())
@@ -32,8 +32,8 @@ def evaluated(step: Step, policy: policies.Policy, budget: int, machine: Machine
     return evaluate(step, policy(step, allowed, machine), allowed, machine, "eager", policies.name_of(policy))
 
 
-@settings(deadline=None, max_examples=25)
-@given(steps())
+@settings(deadline=None, max_examples=60)
+@given(any_steps())
 def test_every_built_in_policy_makes_valid_plans(step: Step) -> None:
     for policy in BUILT_IN:
         for budget in (0, 10**9):
@@ -42,8 +42,8 @@ def test_every_built_in_policy_makes_valid_plans(step: Step) -> None:
             assert plan.peak == peak(step, plan.saved)
 
 
-@settings(deadline=None, max_examples=25)
-@given(steps())
+@settings(deadline=None, max_examples=60)
+@given(any_steps())
 def test_greedy_on_random_steps(step: Step) -> None:
     every = [evaluated(step, policy, 0) for policy in BUILT_IN]
     least = min(plan.peak for plan in every)
@@ -126,7 +126,7 @@ def fixed_pair() -> Step:
     names = ("x", "first", "second", "tangent", "gradient")
     forward = (Op("pair", "op", (0,), (1, 2), traffic=1, dtype="float32", fixed="a collective"),)
     backward = (Op("gradient", "op", (1, 2, 3), (4,), traffic=1, dtype="float32"),)
-    graphs = (Graph("forward", forward, (0,), ()), Graph("backward", backward, (3,), (4,)))
+    graphs = (Graph("forward", forward, (0,), ()), Graph("backward", backward, (3,), (4,), "backward"))
     return Step("pair", tuple(Tensor(n, 10, "activation") for n in names), graphs, (0,))
 
 

@@ -12,7 +12,7 @@ from memplan.passes.pipeline import evaluate
 from memplan.passes.policies.torch_saved import recorded
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import peak, simulate
-from tests.torch_free.random_steps import MACHINE, steps_and_saved
+from tests.torch_free.random_steps import LAYOUTS, MACHINE, steps_and_saved
 
 RECORDED = "llama8b_layers_4k_v32000"
 ROOFLINE = Machine("roofline-v1", "cuda", 80 * 10**9, 2.6e12, (("bfloat16", 600e12), ("float32", 600e12)))
@@ -59,19 +59,20 @@ def test_bytes_are_an_executors(case: tuple[Step, frozenset[int]]) -> None:
     forward, backward = schedule(step, saved)
     read = {t for run in backward for t in step.ops[run.op].inputs} | set(step.backward.outputs)
     crossing = saved & read
-    timeline = simulate(step, forward, backward, crossing, MACHINE)
+    timeline = simulate(step, (forward, backward), crossing, MACHINE)
     expected = executed(step, forward, backward, crossing)
     assert list(timeline.totals) == expected
     assert timeline.peak == max(expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fused", [False, True])
-def test_peak_is_the_timelines(fused: bool) -> None:
-    @settings(deadline=None, max_examples=60)
-    @given(steps_and_saved(fused=fused))
+def test_peak_is_the_timelines(fused: bool, layout: str) -> None:
+    @settings(deadline=None, max_examples=40)
+    @given(steps_and_saved(fused=fused, layout=layout))
     def check(case: tuple[Step, frozenset[int]]) -> None:
         step, saved = case
-        assert peak(step, saved) == simulate(step, *schedule(step, saved), saved, MACHINE).peak
+        assert peak(step, saved) == simulate(step, schedule(step, saved), saved, MACHINE).peak
 
     check()
 
@@ -81,7 +82,7 @@ def test_peak_is_the_timelines(fused: bool) -> None:
 def test_time_is_the_sum_of_the_runs(case: tuple[Step, frozenset[int]]) -> None:
     step, saved = case
     forward, backward = schedule(step, saved)
-    timeline = simulate(step, forward, backward, saved, MACHINE)
+    timeline = simulate(step, (forward, backward), saved, MACHINE)
     assert timeline.seconds == pytest.approx(sum(MACHINE.seconds(step.ops[r.op]) for r in (*forward, *backward)))
 
 
