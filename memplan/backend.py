@@ -19,9 +19,10 @@ from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Plan
 from memplan.options import Options, read_budget
-from memplan.passes.compat import broken_at, resumed_at
+from memplan.passes.compat import broken_at, compile_call, nested, resumed_at
 from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
+from memplan.passes.whole_step import WholeStep
 
 log = logging.getLogger("torch.memplan")
 
@@ -44,9 +45,22 @@ def memplan_backend(
         names=tensor_names(graph),
         notes=tuple(_limits(graph)),
     )
+    step = whole_step(compile_call())
+    if step is not None:
+        step.several = step.several or bool(broken_at(graph)) or nested()
     return adaptive(
-        graph, example_inputs, partitioner, _compiler(read), lambda plan: _report(plan, read), dict(read.limits)
+        graph, example_inputs, partitioner, _compiler(read), lambda plan: _report(plan, read), dict(read.limits), step
     )
+
+
+def whole_step(owner: Any) -> WholeStep | None:
+    """What the graphs of one torch.compile call share, kept with what stands for that call."""
+    if owner is None:
+        return None
+    if not hasattr(owner, "memplan_step"):
+        owner.memplan_step = WholeStep()
+    step: WholeStep = owner.memplan_step
+    return step
 
 
 def _compiler(options: Options) -> Compiler:
@@ -63,8 +77,8 @@ def _limits(graph: fx.GraphModule) -> list[str]:
     """What the plan of this graph cannot promise."""
     if place := broken_at(graph) or resumed_at():
         return [
-            f"a graph break at {place} split the step: each graph is planned alone, so the budget holds for each of "
-            "them and not for what they keep for each other"
+            f"a graph break at {place} split the step: each graph runs its smallest plan once, and they are planned "
+            "together at the second call; what runs between them, outside of graphs, is not counted"
         ]
     return []
 

@@ -117,6 +117,16 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Ports:
+    """Where a compiled function's own arguments and results are in its Step: a storage for each, -1 for none."""
+
+    arguments: tuple[int, ...] = ()
+    gradients: tuple[int, ...] = ()  # of each argument
+    results: tuple[int, ...] = ()
+    tangents: tuple[int, ...] = ()  # of each result
+
+
+@dataclass(frozen=True)
 class Step:
     """A train step: graphs in order of execution, over one list of storages.
 
@@ -138,6 +148,7 @@ class Step:
     saved_by: tuple[tuple[str, tuple[int, ...]], ...] = ()
     fused: bool = False  # the inner compiler fuses pointwise chains and reuses dying buffers (Inductor)
     notes: tuple[str, ...] = ()
+    ports: Ports = Ports()
 
     @functools.cached_property
     def forward(self) -> Graph:

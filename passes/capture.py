@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import classify_nodes
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memplan.ir import Graph, Kind, Op, Polynomial, Step, Tensor
+from memplan.ir import Graph, Kind, Op, Polynomial, Ports, Step, Tensor
 from memplan.passes import costs, one_hot
 from memplan.passes.calls import Call, Sizes, name, tensors
-from memplan.passes.compat import drop_dead_code, random_draws_stay, symbol_value
+from memplan.passes.compat import argument_index, drop_dead_code, random_draws_stay, result_index, symbol_value
 from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
@@ -154,7 +154,24 @@ class _Reader:
             sizes=tuple(sorted(self.symbols.items())),
             fused=self.fused,
             notes=(*self._masks(), *self._estimates()),
+            ports=self._ports(),
         )
+
+    def _ports(self) -> Ports:
+        """Which argument or result of the function each input and output is, as AOTAutograd describes them."""
+        returned = self.nodes[-1].args[0]
+        described = self.nodes[-1].meta.get("desc") or [None] * len(returned)
+        placeholders = [(n.meta.get("desc"), n) for n in self.nodes if n.op == "placeholder"]
+        given = {argument_index(d): n for d, n in placeholders}
+        tangents = {result_index(getattr(d, "output", None)): n for d, n in placeholders}
+        outputs = [(d, n) for d, n in zip(described, returned, strict=True) if isinstance(n, fx.Node)]
+        results = {result_index(d): n for d, n in outputs}
+        gradients = {argument_index(getattr(d, "grad_of", None)): n for d, n in outputs}
+        return Ports(*(self._by_index(found) for found in (given, gradients, results, tangents)))
+
+    def _by_index(self, found: Mapping[int, fx.Node]) -> tuple[int, ...]:
+        storages = {i: self.of_node[n][0] for i, n in found.items() if self.of_node.get(n)}
+        return tuple(storages.get(i, -1) for i in range(1 + max(storages, default=-1)))
 
     def _known(self, value: Any) -> tuple[int, ...]:
         keys = map(storage_key, tensors(value))

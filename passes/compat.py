@@ -49,6 +49,46 @@ def resumed_at() -> str:
     return f"{found[1]}, line {found[2]}" if found else ""
 
 
+def compile_call() -> Any:
+    """What stands for one torch.compile call while it calls a backend, the same for all its graphs; None: not there."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_back is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "_TorchCompileWrapper":
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def nested() -> bool:
+    """Whether Dynamo compiles a frame that code outside of torch has called since the compiled function was entered:
+    then it is a part of what was asked for.
+    """
+    frame, in_dynamo, inside = sys._getframe(1), True, os.path.dirname(torch.__file__)
+    while frame is not None and frame.f_back is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.startswith(inside):
+            return False
+        if not in_dynamo and not code.co_filename.startswith(inside):
+            return True
+        if in_dynamo and type(frame.f_locals.get("self")).__name__ == "CatchErrorsWrapper":
+            in_dynamo = False
+        frame = frame.f_back
+    return False
+
+
+def argument_index(description: Any) -> int:
+    """Which argument of the compiled function AOTAutograd's description of an input is of; -1: none."""
+    return description.idx if type(description).__name__ == "PlainAOTInput" else -1
+
+
+def result_index(description: Any) -> int:
+    """Which result of the compiled function AOTAutograd's description of an output is of; -1: none."""
+    if type(description).__name__ == "IntermediateBaseAOTOutput":  # a result that is a view is made from it
+        description = description.base_of
+    return description.idx if type(description).__name__ == "PlainAOTOutput" else -1
+
+
 def drop_dead_code(graph: fx.Graph) -> None:
     """Remove what nothing reads and has no effect; to draw random numbers is one, on the next draw."""
     graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=True))

@@ -10,10 +10,11 @@ What must hold: nothing runs where its peak is not known to fit; DoesNotFit come
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from memplan.errors import DoesNotFit
-from memplan.ir import Plan
+from memplan.ir import Budget, Decision, Machine, Plan, Step
 from memplan.passes.calls import Sizes
 from memplan.passes.compat import dimension
 from memplan.passes.partition import Partitioner, Resized, SizesGiven
+from memplan.passes.whole_step import WholeStep
 from memplan.runtime.held import Held, held, optimizers_of
 
 log = logging.getLogger("torch.memplan")
@@ -52,6 +54,17 @@ class Compiled:
         return Compiled(self.run, change(plan), lambda sizes, held: change(resized(sizes, held)))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A policy that repeats decisions made elsewhere."""
+
+    name: str
+    decisions: Mapping[int, Decision]
+
+    def __call__(self, step: Step, budget: Budget, machine: Machine) -> Mapping[int, Decision]:
+        return self.decisions
+
+
 Compiler = Callable[[fx.GraphModule, Sequence[Any], Partitioner], Compiled]
 
 
@@ -62,15 +75,18 @@ def adaptive(
     compiler: Compiler,
     report: Callable[[Plan], None],
     limits: Mapping[str, int],
+    step: WholeStep | None = None,
 ) -> Callable[..., Any]:
-    """The callable for a graph; `limits` are the largest sizes to come, where they are known."""
+    """The callable for a graph; `limits` are the largest sizes to come, where they are known; `step` knows of the
+    other graphs that run with it.
+    """
     symbols = {i: n for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
     names = {i: str(n.node.expr) for i, n in symbols.items()}
     most = tuple(limits.get(_called(n), math.inf) for n in symbols.values())
-    made = _Adaptive(copied(graph), partitioner, compiler, report, names, most)
+    made = Adaptive(copied(graph), partitioner, compiler, report, names, most, step)
     traced = map(Sizes().of, symbols.values())
     first = tuple(n if m is math.inf else max(n, int(m)) for n, m in zip(traced, most, strict=True))
-    made.add(example_inputs, first, made.held(example_inputs))
+    made.add(example_inputs, first, made.held(example_inputs), smallest=step is not None and step.several)
     return made
 
 
@@ -83,13 +99,23 @@ def _called(size: torch.SymInt) -> str:
 Point = tuple[int, ...]  # what a peak depends on: the sizes, in the order of their symbols, and the bytes held
 
 
-@dataclass
-class _Variant:
+@dataclass(eq=False)
+class Variant:
     """A compiled plan, the points up to which it is known to fit, and those from which it is known not to."""
 
+    owner: Adaptive
     compiled: Compiled
+    smallest: bool
     fits_up_to: list[Point]
     over_from: list[Point] = field(default_factory=list)
+    plans: dict[tuple[int, ...], Plan] = field(default_factory=dict)  # by sizes
+
+    def at(self, sizes: tuple[int, ...]) -> Plan:
+        """Its plan at these sizes, with nothing held."""
+        assert self.compiled.resized is not None
+        if sizes not in self.plans:
+            self.plans[sizes] = self.compiled.resized(self.owner.given(sizes), ())
+        return self.plans[sizes]
 
     def holds(self, at: Point) -> bool:
         """Whether it is known to fit."""
@@ -109,8 +135,8 @@ def _within(at: Point, most: Point) -> bool:
     return all(n <= m for n, m in zip(at, most, strict=True))
 
 
-@dataclass
-class _Adaptive:
+@dataclass(eq=False)
+class Adaptive:
     """The callable that `adaptive` makes. `symbols`: position among the arguments -> size symbol."""
 
     graph: fx.GraphModule
@@ -119,9 +145,11 @@ class _Adaptive:
     report: Callable[[Plan], None]
     symbols: dict[int, str]
     limits: tuple[float, ...]
-    variants: list[_Variant] = field(default_factory=list)
+    step: WholeStep | None = None
+    variants: list[Variant] = field(default_factory=list)
     planned_for: list[tuple[int, ...]] = field(default_factory=list)  # sizes
     optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
+    by_decisions: dict[Any, Variant] = field(default_factory=dict)
     looks: int = 3  # runs at whose entry optimizers are looked for, until they are found
 
     def __post_init__(self) -> None:
@@ -132,12 +160,19 @@ class _Adaptive:
         self.parameters = [i for i, f in enumerate(self.fakes) if isinstance(f, torch.nn.Parameter)]
 
     def __call__(self, *args: Any) -> Any:
-        sizes, held = tuple(args[i] for i in self.symbols), self.held(args)
+        if self.step is not None and self.variants[0].compiled.plan is not None:
+            return self.step.run(self, args)
+        return self.choose(args).compiled.run(*args)
+
+    def choose(self, args: Sequence[Any]) -> Variant:
+        """A variant that fits, as far as this graph alone goes."""
+        sizes, held = self.sizes(args), self.held(args)
         at = (*sizes, _total(held))
-        for variant in self.variants:
-            if variant.holds(at):
-                return variant.compiled.run(*args)
-        return self._find(sizes, held).compiled.run(*args)
+        return next((variant for variant in self.variants if variant.holds(at)), None) or self._find(sizes, held)
+
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """The values of the size symbols."""
+        return tuple(args[i] for i in self.symbols)
 
     def held(self, args: Sequence[Any]) -> Held:
         """What the process holds for the parameters among the arguments."""
@@ -147,39 +182,66 @@ class _Adaptive:
             self.optimizers = optimizers_of(parameters)
         return held(parameters, [o for o in (ref() for ref in self.optimizers) if o is not None])
 
-    def add(self, inputs: Sequence[Any], sizes: tuple[int, ...], held: Held, *, smallest: bool = False) -> _Variant:
+    def add(self, inputs: Sequence[Any], sizes: tuple[int, ...], held: Held, *, smallest: bool = False) -> Variant:
         """Compile a plan for these sizes with so much held. Raises DoesNotFit."""
-        partitioner = replace(self.partitioner, sizes=self._given(sizes), state=held, smallest=smallest)
-        variant = _Variant(self.compiler(self.graph, inputs, partitioner), [(*sizes, _total(held))])
+        several = self.step is not None and self.step.several
+        partitioner = replace(self.partitioner, sizes=self.given(sizes), state=held, smallest=smallest, several=several)
+        compiled = self.compiler(self.graph, inputs, partitioner)
+        variant = Variant(self, compiled, smallest, [(*sizes, _total(held))])
         self.variants.append(variant)
         self.planned_for.append(sizes)
-        if variant.compiled.plan is not None:
-            self.report(variant.compiled.plan)
+        if compiled.plan is not None:
+            self.report(compiled.plan)
         return variant
 
-    def _find(self, sizes: tuple[int, ...], held: Held) -> _Variant:
-        """A variant that fits where none is known to."""
-        for variant in self.variants:
-            for n in (self._larger(sizes, MARGIN), sizes):
-                if variant.fits((*n, _total(held)), self._given(n), held):
-                    return variant
-        log.warning("no plan fits sizes %s with %s held: planning again", dict(self._given(sizes)), dict(held))
+    def smallest(self) -> Variant:
+        """The variant of least peak."""
+        found = next((v for v in self.variants if v.smallest), None)
+        if found is None:
+            with self._compiling():
+                found = self.add(self.fakes, self.planned_for[-1], (), smallest=True)
+        return found
+
+    def decided(self, sizes: tuple[int, ...], decisions: Mapping[int, Decision], policy: str) -> Variant:
+        """A variant with these decisions, whether or not it fits alone: one that is there, or a new one."""
+        key = tuple(sorted((t, type(d).__name__) for t, d in decisions.items()))
+        if key not in self.by_decisions:
+            partitioner = replace(
+                self.partitioner, policy=Chosen(policy, decisions), sizes=self.given(sizes), state=(), fit=False
+            )
+            with self._compiling():
+                compiled = self.compiler(self.graph, self.fakes, partitioner)
+            self.by_decisions[key] = Variant(self, compiled, False, [])
+        return self.by_decisions[key]
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
         mode = detect_fake_mode(self.fakes)
         assert mode is not None
         with tracing(TracingContext(mode)):
+            yield
+
+    def _find(self, sizes: tuple[int, ...], held: Held) -> Variant:
+        """A variant that fits where none is known to."""
+        for variant in self.variants:
+            for n in (self.larger(sizes, MARGIN), sizes):
+                if variant.fits((*n, _total(held)), self.given(n), held):
+                    return variant
+        log.warning("no plan fits sizes %s with %s held: planning again", dict(self.given(sizes)), dict(held))
+        with self._compiling():
             known = _within(sizes, self.planned_for[-1])  # then it is what is held that has grown
             smallest = not known and len(set(self.planned_for)) > 1
             if not smallest:
                 try:
-                    return self.add(self.fakes, self.planned_for[-1] if known else self._larger(sizes, 2), held)
+                    return self.add(self.fakes, self.planned_for[-1] if known else self.larger(sizes, 2), held)
                 except DoesNotFit:
                     pass  # for these sizes alone, then
             return self.add(self.fakes, sizes, held, smallest=smallest)
 
-    def _given(self, sizes: tuple[int, ...]) -> SizesGiven:
+    def given(self, sizes: tuple[int, ...]) -> SizesGiven:
         return tuple(zip(self.symbols.values(), sizes, strict=True))
 
-    def _larger(self, sizes: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    def larger(self, sizes: tuple[int, ...], factor: float) -> tuple[int, ...]:
         """Sizes times a factor, inside the limits, and never smaller than they are."""
         return tuple(max(n, int(min(n * factor, most))) for n, most in zip(sizes, self.limits, strict=True))
 

@@ -83,7 +83,7 @@ def compile_inductor(
         notes = (f"planned {len(tried) + 1} times until the generated code fitted",) if tried else ()
         compiled = compiled.changed(functools.partial(_inside, budget=budget, notes=notes))
         plan = compiled.plan
-        if plan is None or plan.fits:  # None: nothing to plan, a graph without a backward
+        if plan is None or plan.fits or not partitioner.fit:  # None: nothing to plan, a graph without a backward
             return compiled
         tried.append(plan)
         if predicted > wanted:  # the policy has nothing smaller
@@ -149,18 +149,18 @@ def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: S
     gradients = run_wrapper(sources[1], tape, args)
     end = tape.tick()
     kept = {g.buffer.id for g in gradients if getattr(g, "buffer", None)}
-    timeline = _timeline(plan, tape, split, end, kept)
+    timeline = _timeline(plan, tape, split, end, kept, recorded.partitioner.known)
     del outputs, gradients, tangents
     return timeline
 
 
-def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int]) -> Timeline:
+def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int], known: workspaces.Known) -> Timeline:
     blocks = []
     for i, (start, size, name) in enumerate(tape.allocated):
         stop = tape.freed.get(i, end)
         kind: Kind = "gradient" if i in gradients else "activation" if start < split < stop else "temporary"
         blocks.append(Block(name, size, kind, start, min(stop, end), "keep" if start < split < stop else ""))
-    inside = workspaces.measure([call for _, call in tape.calls])
+    inside = workspaces.measure([call for _, call in tape.calls], known)
     for (at, call), size in zip(tape.calls, inside, strict=True):
         if size:
             blocks.append(Block(f"{call.target} workspace", size, "temporary", at, at + 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -44,6 +44,8 @@ class Partitioner:
     notes: tuple[str, ...] = ()  # what is known to be missing before anything is captured
     sizes: SizesGiven = ()  # what size symbols are taken to be; the others: as they were traced
     smallest: bool = False  # the smallest plan of the policy, even if there is room for a faster one
+    several: bool = False  # other graphs run in the same step
+    known: workspaces.Known = field(default_factory=dict, compare=False, repr=False)  # memory inside ops, as measured
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(
@@ -65,6 +67,7 @@ class Partitioner:
             inner=self.inner,
             fit=self.fit,
             smallest=self.smallest,
+            several=self.several,
         )
 
         def resized(sizes: SizesGiven, held: Held) -> Plan:
@@ -102,11 +105,11 @@ class Partitioner:
         if not self.measure or self.machine.device != "cpu":
             return [workspaces.Inside(workspaces.by_rule(c, self.machine)) for c in calls]
         if self.inner == "eager":
-            return workspaces.run_alone(calls)
+            return workspaces.run_alone(calls, self.known)
         # Inductor chooses the layout of convolutions, and with it their workspace: seen in the generated code.
         return [
             workspaces.Inside(0 if "convolution" in str(call.target) else size)
-            for call, size in zip(calls, workspaces.measure(calls), strict=True)
+            for call, size in zip(calls, workspaces.measure(calls, self.known), strict=True)
         ]
 
 

@@ -12,7 +12,7 @@ from memplan.errors import DoesNotFit, MemplanError, did_you_mean
 from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Plan, Recompute, Step
 from memplan.passes import policies
 from memplan.passes.check import check
-from memplan.passes.policies.greedy import Greedy
+from memplan.passes.policies.greedy import Greedy, least_beside_others
 from memplan.passes.schedule import saved_by, schedule
 from memplan.passes.simulate import simulate
 from memplan.units import human
@@ -27,8 +27,18 @@ def make_plan(
     inner: str,
     fit: bool = True,
     smallest: bool = False,
+    several: bool = False,
 ) -> Plan:
-    """The policy's plan; with `smallest` its smallest one. Raises DoesNotFit when `fit` and it is over the budget."""
+    """The policy's plan; with `smallest` its smallest one, and with `several` too the best of any policy for a graph
+    that others run beside. Raises DoesNotFit when `fit` and it is over the budget.
+    """
+    if smallest and several:
+        saved = least_beside_others(step, machine)
+        decisions = {t: Keep() if t in saved else Recompute() for t in step.read_in_backward | saved}
+        plan = evaluate(step, decisions, budget, machine, inner, "greedy")
+        if fit and not plan.fits:
+            raise does_not_fit(plan, smallest_plan(step, machine, inner))
+        return plan
     chosen = policies.find(policy)
     asked = Budget(0) if smallest else budget
     plan = evaluate(step, _ask(chosen, step, asked, machine), budget, machine, inner, policies.name_of(policy))

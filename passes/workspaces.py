@@ -38,38 +38,42 @@ class Inside(NamedTuple):
     outputs: tuple[int, ...] = ()  # empty: not known
 
 
-def measure(calls: Sequence[Call]) -> list[int]:
+Known = dict[Any, Inside]  # by signature
+
+
+def measure(calls: Sequence[Call], known: Known | None = None) -> list[int]:
     """Bytes at each call's peak beyond the storages that its fake result says it makes; 0 if it cannot run on zeros."""
-    found = run_alone(calls)
+    found = run_alone(calls, known)
     return [f.workspace + max(0, sum(f.outputs) - _fake_bytes(c)) for f, c in zip(found, calls, strict=True)]
 
 
-def run_alone(calls: Sequence[Call]) -> list[Inside]:
-    """What each call does inside; Inside(0) for ops that cannot be run alone on zeros.
+def run_alone(calls: Sequence[Call], known: Known | None = None) -> list[Inside]:
+    """What each call does inside; Inside(0) for ops that cannot be run alone on zeros. `known` is looked at first, and
+    what is found is added to it.
 
-    Raises MemplanError while another profiler runs: torch has only one.
+    Raises MemplanError where something must run while another profiler does: torch has only one.
     """
+    known = {} if known is None else known
+    signatures = [_signature(call) if _runnable(call) else None for call in calls]
+    new = {s: call for s, call in zip(signatures, calls, strict=True) if s is not None and s not in known}
+    if new:
+        known.update(zip(new, _measured(list(new.values())), strict=True))
+    return [Inside(0) if s is None else known[s] for s in signatures]
+
+
+def _measured(calls: Sequence[Call]) -> list[Inside]:
     if torch.autograd.profiler._is_profiler_enabled:
         raise MemplanError(
             "a step was planned while a profiler or memplan.record() was running, and planning measures the memory "
             "inside ops with the same profiler: call the step once before recording it"
         )
-    groups: dict[Any, list[int]] = {}
-    for i, call in enumerate(calls):
-        if _runnable(call):
-            groups.setdefault(_signature(call), []).append(i)
     generator = torch.get_rng_state()
     try:
         with _disable_current_modes(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = _run([calls[group[0]] for group in groups.values()])
+            return _run(calls)
     finally:
         torch.set_rng_state(generator)
-    out = [Inside(0)] * len(calls)
-    for group, inside in zip(groups.values(), found, strict=True):
-        for i in group:
-            out[i] = inside
-    return out
 
 
 def _fake_bytes(call: Call) -> int:

@@ -65,6 +65,21 @@ def choose(step: Step, points: list[Point], available: int) -> frozenset[int]:
     return points[least[1]].saved if least else step.read_in_backward
 
 
+def least_beside_others(step: Step, machine: Machine) -> frozenset[int]:
+    """The set of the path with the least sum of its peak and what it carries from forward to backward: what other
+    graphs of a larger step have to run beside.
+    """
+    points = sorted(path(step, machine, Greedy().points), key=lambda p: p.crossing)
+    best: tuple[int, frozenset[int]] | None = None
+    for point in points:
+        if best is not None and step.base_bytes + 2 * point.crossing >= best[0]:  # a peak is at least what is carried
+            break
+        found = peak(step, point.saved) + point.crossing
+        if best is None or found < best[0]:
+            best = found, point.saved
+    return best[1] if best else step.read_in_backward
+
+
 def path(step: Step, machine: Machine, points: int) -> list[Point]:
     """Sets of storages to save, from the fastest to the slowest."""
     seconds = [machine.seconds(op) for op in step.ops]
