@@ -204,6 +204,8 @@ class _Reader:
 
     def _tensor(self, node: fx.Node, name: str, value: torch.Tensor, kind: Kind) -> Tensor:
         size = value.untyped_storage().nbytes()
+        if node.op == "placeholder" and _symbols(size) - _symbols(*value.shape, *value.stride()):
+            size = _extent(value)  # a view, whose base has sizes of its own that no call tells
         return Tensor(
             name, self.sizes.of(size), kind, tuple(map(self.sizes.of, value.shape)),
             str(value.dtype).removeprefix("torch."), self._formula(size), source_line(node), layer(node),
@@ -282,6 +284,16 @@ def storage_key(tensor: torch.Tensor) -> StorageWeakRef:
 def storage_keys(node: fx.Node) -> list[StorageWeakRef]:
     """The identity of the storage behind each of a node's results."""
     return [storage_key(t) for t in tensors(node.meta.get("val"))]
+
+
+def _symbols(*sizes: Any) -> set[sympy.Symbol]:
+    return {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+
+
+def _extent(value: torch.Tensor) -> Any:
+    """Bytes from a tensor's first element to its last."""
+    last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    return (last + 1) * value.dtype.itemsize
 
 
 def _view_base(node: fx.Node) -> fx.Node | None:
