@@ -79,3 +79,20 @@ def tensors(value: Any) -> list[torch.Tensor]:
 def name(target: Any) -> str:
     """The op's name without namespace and overload: "mm"."""
     return getattr(getattr(target, "overloadpacket", target), "__name__", str(target))
+
+
+def view_base(node: fx.Node) -> fx.Node | None:
+    """The argument whose storage the result shares, by the op's schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    results = [r.alias_info for r in schema.returns]
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    if first is not None and not first.is_write and any(r is not None for r in results):
+        return node.args[0]
+    return None
+
+
+def has_effects(node: fx.Node) -> bool:
+    """No result of its own, and still not to be left out: an assertion, a copy into an input, a collective."""
+    return node.is_impure() or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))

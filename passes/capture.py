@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -23,10 +23,11 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import classify_nodes
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memplan.ir import Graph, Kind, Op, Polynomial, Ports, Step, Tensor
+from memplan.ir import Graph, Kind, Op, Phase, Polynomial, Ports, Step, Tensor
 from memplan.passes import costs, one_hot
-from memplan.passes.calls import Call, Sizes, name, tensors
+from memplan.passes.calls import Call, Sizes, has_effects, name, tensors, view_base
 from memplan.passes.compat import argument_index, drop_dead_code, random_draws_stay, result_index, symbol_value
+from memplan.passes.phases import is_backward, phases
 from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
@@ -63,9 +64,54 @@ def capture(
     to. `names` are people's names for the primals. `workspaces` gives the memory inside each op. `sizes` are values
     for size symbols, in the place of those that the graph was traced with.
     """
-    reader = _Reader(joint, num_fwd_outputs, parameters, mutated, names, fused, Sizes(sizes))
+    with random_draws_stay():
+        in_forward = classify_nodes(joint, list(parameters), num_fwd_outputs).required_fw_nodes
+    outputs: Any = joint.graph.output_node().args[0]
+    graphs = [
+        _Part("forward", "forward", 0, in_forward, outputs[:num_fwd_outputs]),
+        _Part("backward", "backward", 0, None, outputs[num_fwd_outputs:]),
+    ]
+    reader = _Reader(joint, graphs, parameters, mutated, names, fused, Sizes(sizes))
     reader.read(workspaces)
     return reader.step(title)
+
+
+def capture_whole(
+    graph: fx.GraphModule,
+    *,
+    parameters: Collection[int] = (),
+    names: Sequence[str] = (),
+    workspaces: Callable[[Sequence[Call]], Sequence[Inside]] = lambda calls: [Inside(0)] * len(calls),
+    fused: bool = False,
+    title: str = "step",
+    sizes: tuple[tuple[str, int], ...] = (),
+) -> Step:
+    """The Step of one graph with the backward of its loss, or of several, inside. Its ops stay in their order.
+
+    What the graph writes to its inputs counts as written at the end, unless a backward follows.
+    """
+    outputs: Any = graph.graph.output_node().args[0]
+    graphs = [_Part(*part, outputs) for part in phases(graph)]
+    last = {n: i for i, n in enumerate(graph.graph.nodes)}
+    late = max(i for n, i in last.items() if is_backward(n))
+    early_writes = [n for n in _writes(graph) if last[n] < late]  # the others come when all else has been read
+    reader = _Reader(graph, graphs, parameters, (), names, fused, Sizes(sizes), early_writes)
+    reader.read(workspaces)
+    return reader.step(title)
+
+
+def _writes(graph: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if n.target is torch.ops.aten.copy_.default]
+
+
+class _Part(NamedTuple):
+    """What becomes one Graph. `nodes`: its nodes, None: those that no other has."""
+
+    name: str
+    phase: Phase
+    unit: int
+    nodes: Collection[fx.Node] | None
+    outputs: Sequence[Any]
 
 
 class _Reader:
@@ -74,27 +120,25 @@ class _Reader:
     def __init__(
         self,
         joint: fx.GraphModule,
-        num_fwd_outputs: int,
+        parts: Sequence[_Part],
         parameters: Collection[int],
         mutated: Collection[int],
         names: Sequence[str],
         fused: bool,
         sizes: Sizes,
+        writes: Sequence[fx.Node] | None = None,
     ) -> None:
+        self.whole = writes is not None
         self.sizes = sizes
         self.nodes = list(joint.graph.nodes)
-        with random_draws_stay():
-            info = classify_nodes(joint, list(parameters), num_fwd_outputs)
-        self.in_forward = info.required_fw_nodes
-        outputs = self.nodes[-1].args[0]
-        self.forward_outputs, self.backward_outputs = outputs[:num_fwd_outputs], outputs[num_fwd_outputs:]
+        self.parts = parts
+        self.writes = _writes(joint) if writes is None else writes
         self.primals = [n for n in self.nodes if n.op == "placeholder" and not n.name.startswith("tangents")]
         self.parameters, self.mutated, self.names, self.fused = parameters, mutated, names, fused
         self.tensors: list[Tensor] = []
         self.storage_of: dict[Any, int] = {}  # identity of a fake storage -> index in tensors
         self.of_node: dict[fx.Node, tuple[int, ...]] = {}
-        self.forward: list[Op] = []
-        self.backward: list[Op] = []
+        self.ops: list[list[Op]] = [[] for _ in parts]
         self.resident: list[int] = []
         self.tangents: list[int] = []
         self.symbols: dict[str, int] = {}
@@ -118,7 +162,7 @@ class _Reader:
                 made[node] = tuple(range(before, len(self.tensors)))
             elif node.op == "call_function":
                 self.of_node[node] = self._known(node.meta.get("val"))
-        ops = [n for n in made if made[n] or _has_effects(n)]
+        ops = [n for n in made if made[n] or has_effects(n)]
         calls = [self.sizes.call(n) for n in ops]
         changed = [self.primals[i] for i in self.mutated] + self._changed()
         written = {t for node in changed for t in self.of_node[node]}
@@ -126,11 +170,12 @@ class _Reader:
             if not self.fused:  # a compiler that fuses allocates what the result shows
                 self._resize(node, made[node], seen.outputs)
             op = self._op(node, call, made[node], seen.workspace, written)
-            (self.forward if node in self.in_forward else self.backward).append(op)
+            home = next(k for k, part in enumerate(self.parts) if part.nodes is None or node in part.nodes)
+            self.ops[home].append(op)
 
     def _changed(self) -> list[fx.Node]:
         """Inputs that the graph writes to itself, or returns the new values of, as AOTAutograd describes them."""
-        copied = [n.args[0] for n in self.nodes if n.target is torch.ops.aten.copy_.default]
+        copied = [n.args[0] for n in self.writes]
         by_description = {n.meta.get("desc"): n for n in self.primals}
         described = self.nodes[-1].meta.get("desc") or ()
         returned = [by_description.get(getattr(d, "mutated_input", None)) for d in described]
@@ -140,22 +185,22 @@ class _Reader:
         return Step(
             name=title,
             tensors=tuple(self.tensors),
-            graphs=(
-                Graph("forward", tuple(self.forward), tuple(self.resident), self._outputs(self.forward_outputs)),
-                Graph(
-                    "backward",
-                    tuple(self.backward),
-                    tuple(self.tangents),
-                    self._outputs(self.backward_outputs),
-                    "backward",
-                ),
-            ),
+            graphs=tuple(self._graph(part, tuple(ops)) for part, ops in zip(self.parts, self.ops, strict=True)),
             resident=tuple(self.resident),
             sizes=tuple(sorted(self.symbols.items())),
             fused=self.fused,
             notes=(*self._masks(), *self._estimates()),
             ports=self._ports(),
         )
+
+    def _graph(self, part: _Part, ops: tuple[Op, ...]) -> Graph:
+        """A pair gets its inputs from the caller, who holds them. Parts of one graph get theirs from each other."""
+        inputs = self.resident if part.phase == "forward" else self.tangents
+        outputs = self._outputs(part.outputs)
+        if self.whole:
+            made = {t for op in ops for t in op.outputs}
+            outputs = tuple(t for t in outputs if t in made)
+        return Graph(part.name, ops, tuple(inputs), outputs, part.phase, part.unit)
 
     def _ports(self) -> Ports:
         """Which argument or result of the function each input and output is, as AOTAutograd describes them."""
@@ -179,7 +224,7 @@ class _Reader:
 
     def _storages(self, node: fx.Node, value: Any, kind: Kind, label: str = "") -> None:
         """Give each storage not seen before an entry; a view's storage is that of its base."""
-        alias = _view_base(node)
+        alias = view_base(node)
         getitems = {n.args[1]: n.name for n in node.users if n.target is getitem}
         many = isinstance(value, (tuple, list))
         found = []
@@ -253,9 +298,12 @@ class _Reader:
         found = (t for n in nodes if isinstance(n, fx.Node) for t in self.of_node.get(n, ()))
         return tuple(t for t in dict.fromkeys(found) if t not in self.resident)
 
+    def _forward(self) -> list[Op]:
+        return [op for part, ops in zip(self.parts, self.ops, strict=True) if part.phase == "forward" for op in ops]
+
     def _estimates(self) -> list[str]:
         """Ops whose memory inside depends on the data."""
-        grouped = [op for op in self.forward if "_grouped_mm" in op.target and op.dtype != "float32"]
+        grouped = [op for op in self._forward() if "_grouped_mm" in op.target and op.dtype != "float32"]
         if not grouped:
             return []
         return [
@@ -265,7 +313,7 @@ class _Reader:
 
     def _masks(self) -> list[str]:
         """Square masks that tracing made real: named, because they can cost more than the step."""
-        made = [self.tensors[t] for op in self.forward for t in op.outputs]
+        made = [self.tensors[t] for op in self._forward() for t in op.outputs]
         masks = [t for t in made if t.dtype == "bool" and len(t.shape) > 1 and t.shape[-1] == t.shape[-2]]
         large = sorted((m for m in masks if m.bytes >= LARGE_MASK), key=lambda m: -m.bytes)
         if not large:
@@ -294,23 +342,6 @@ def _extent(value: torch.Tensor) -> Any:
     """Bytes from a tensor's first element to its last."""
     last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     return (last + 1) * value.dtype.itemsize
-
-
-def _view_base(node: fx.Node) -> fx.Node | None:
-    """The argument whose storage the result shares, by the op's schema."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    results = [r.alias_info for r in schema.returns]
-    first = schema.arguments[0].alias_info if schema.arguments else None
-    if first is not None and not first.is_write and any(r is not None for r in results):
-        return node.args[0]
-    return None
-
-
-def _has_effects(node: fx.Node) -> bool:
-    """No result of its own, and still not to be left out: an assertion, a copy into an input, a collective."""
-    return node.is_impure() or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _fixed(node: fx.Node, inputs: Collection[int], written: Collection[int]) -> str:

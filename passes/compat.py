@@ -7,13 +7,17 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import getitem
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._inductor.config
+import torch.utils._pytree as pytree
 from torch import fx
 from torch._functorch import partitioners
+from torch._guards import detect_fake_mode
 
 UNKNOWN_SIZE = 8192  # what a size that depends on data is taken to be when nothing bounds it
 
@@ -121,3 +125,57 @@ def extract(
         return partitioners._extract_fwd_bwd_modules(
             joint, list(saved), symbols, num_fwd_outputs=num_fwd_outputs, **more
         )
+
+
+def _mapped(node: fx.Node, made: Mapping[fx.Node, fx.Node]) -> tuple[Any, Any]:
+    """Target with arguments, and keywords, of the same call in another graph."""
+    everything: Any = (node.target, *node.args), dict(node.kwargs)
+    return pytree.tree_map_only(fx.Node, lambda n: made[n], everything)  # type: ignore[no-any-return]
+
+
+def save_random(graph: fx.Graph, node: fx.Node, made: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """A copy of a random op, in `graph`, that saves the generator's state first: (its result, the state)."""
+    given, kwargs = _mapped(node, made)
+    both = graph.call_function(torch._prims.rng_prims.run_and_save_rng_state, given, kwargs)
+    state = graph.call_function(getitem, (both, 0))
+    result = graph.call_function(getitem, (both, 1))
+    result.meta = dict(node.meta)
+    value = node.meta["val"]
+    size = torch.get_rng_state().numel()
+    with detect_fake_mode(value) or contextlib.nullcontext():
+        state.meta["val"] = torch.empty(size, dtype=torch.uint8)
+    both.meta = dict(node.meta) | {"val": (state.meta["val"], value)}
+    return result, state
+
+
+def replay_random(graph: fx.Graph, node: fx.Node, state: fx.Node, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of a random op, in `graph`, that starts from a saved state and puts the generator back."""
+    given, kwargs = _mapped(node, made)
+    new = graph.call_function(torch._prims.rng_prims.run_with_rng_state, (state, *given), kwargs)
+    new.meta = dict(node.meta)
+    return new
+
+
+PART = "memplan_part"  # in a node's meta: which part of a graph it belongs to
+
+
+@contextlib.contextmanager
+def parts_stay_apart() -> Iterator[None]:
+    """While it is open, Inductor fuses nothing across parts, and so keeps their order: its scheduler starts from the
+    graph's order and moves ops only to fuse them.
+    """
+    from torch._inductor.scheduler import Scheduler
+
+    can_fuse: Any = Scheduler.can_fuse
+
+    def apart(self: Any, first: Any, second: Any, *args: Any, **more: Any) -> bool:
+        return _part(first) == _part(second) and can_fuse(self, first, second, *args, **more)
+
+    with mock.patch.object(Scheduler, "can_fuse", apart):
+        yield
+
+
+def _part(kernel: Any) -> int:
+    """The latest part of what was inlined into a kernel."""
+    origins = (origin for one in kernel.get_nodes() for origin in getattr(one.node, "origins", ()))
+    return max((origin.meta.get(PART, 0) for origin in origins), default=0)

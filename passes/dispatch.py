@@ -26,7 +26,7 @@ from memplan.errors import DoesNotFit
 from memplan.ir import Budget, Decision, Machine, Plan, Step
 from memplan.passes.calls import Sizes
 from memplan.passes.compat import dimension
-from memplan.passes.partition import Partitioner, Resized, SizesGiven
+from memplan.passes.partition import Partitioner, Resized, SizesGiven, copied
 from memplan.passes.whole_step import WholeStep
 from memplan.runtime.held import Held, held, optimizers_of
 
@@ -158,6 +158,7 @@ class Adaptive:
             n.meta.get("example_value") for n in nodes
         ]  # to compile again when the first inputs are long gone
         self.parameters = [i for i, f in enumerate(self.fakes) if isinstance(f, torch.nn.Parameter)]
+        self.partitioner = replace(self.partitioner, parameters=frozenset(self.parameters))
 
     def __call__(self, *args: Any) -> Any:
         if self.step is not None and self.variants[0].compiled.plan is not None:
@@ -248,12 +249,3 @@ class Adaptive:
 
 def _total(held: Held) -> int:
     return sum(size for _, size in held)
-
-
-def copied(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph that a compiler may own, over the same parameters and fake values."""
-    new = fx.Graph()
-    new.output(new.graph_copy(graph.graph, {}))
-    module = fx.GraphModule(graph, new)
-    module.meta = dict(graph.meta)
-    return module

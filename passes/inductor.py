@@ -9,23 +9,27 @@ by the ratio of what was wanted to what was generated, at most ROUNDS times; the
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.graph import GraphLowering
 
 from memplan.errors import MemplanError
 from memplan.ir import Block, Budget, Kind, Moment, Plan, Timeline
 from memplan.passes import workspaces
 from memplan.passes.calls import Sizes
-from memplan.passes.dispatch import Compiled, copied
-from memplan.passes.partition import Partitioner, SizesGiven
+from memplan.passes.compat import parts_stay_apart
+from memplan.passes.dispatch import Compiled
+from memplan.passes.partition import Partitioner, SizesGiven, copied
+from memplan.passes.phases import has_backward
 from memplan.passes.pipeline import does_not_fit
 from memplan.passes.simulate import base
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
@@ -36,8 +40,15 @@ AROUND = 1024  # bytes kept for what runs around the generated code: seeds of gr
 MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
 
 
+@functools.cache
+def _sources() -> str:
+    """A digest of memplan's passes: code that others of them generated is not to be found in a cache."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(folder.rglob("*.py")))).hexdigest()
+
+
 class _Recorded(CustomPartitionerFn):
-    """The partitioner as Inductor wants it; keeps the plan and the inputs that each generated half will get."""
+    """The partitioner as Inductor wants it; keeps the plan and the inputs that each generated graph will get."""
 
     def __init__(self, partitioner: Partitioner) -> None:
         self.plans: list[Plan] = []
@@ -58,11 +69,36 @@ class _Recorded(CustomPartitionerFn):
         return self
 
     def uuid(self) -> str:
-        """Code is cached by the planned graphs themselves, so the partitioner adds nothing to the key."""
-        return "memplan"
+        """Code is cached by the planned graphs themselves, and by the memplan that had a hand in generating it."""
+        return f"memplan {_sources()}"
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         """Inductor pickles its config into that key too."""
+        return str, (self.uuid(),)
+
+
+class _Whole(CustomGraphPass):
+    """The planning of a graph with its backward inside, as Inductor wants it. It comes after Inductor has given random
+    numbers seeds, so that what runs again draws the same.
+    """
+
+    def __init__(self, recorded: _Recorded) -> None:
+        self.recorded = recorded
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        planned = bool(self.recorded.plans)  # then this is a part of it that Inductor looks at alone
+        if module is not None and not planned and has_backward(module):
+            self.recorded.partitioner.whole(module)
+            self.recorded.inputs = [[n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")]]
+
+    def __deepcopy__(self, _memo: Any) -> _Whole:
+        return self
+
+    def uuid(self) -> str:
+        return self.recorded.uuid()
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (self.uuid(),)
 
 
@@ -109,9 +145,12 @@ def _compile(
     """The callable, its plan with the generated code's timeline, and the peak that was predicted before."""
     recorded, sources = _Recorded(partitioner), list[str]()
     # Without `reorder` ops stay in the plan's order: Inductor's own knows nothing of recomputation just in time.
-    patches = {"reorder_for_peak_memory": reorder} | config | {"custom_partitioner_fn": recorded}
+    # And of graphs with a backward inside it would move gradients of weights to where they are added up.
+    patches = {"reorder_for_peak_memory": reorder, "reorder_for_locality": False} | config
+    patches |= {"custom_partitioner_fn": recorded, "joint_custom_post_pass": _Whole(recorded)}
     with (
         mock.patch.object(GraphLowering, "save_output_code", sources.append),
+        parts_stay_apart(),
         # AOTAutograd's own cache would skip the partitioner: no plan, and no check of what is generated.
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
     ):
@@ -137,7 +176,14 @@ def _compile(
 def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: Sizes) -> Timeline:
     """The timeline of the generated forward and backward, one after the other."""
     tape = Tape()
-    forward_inputs, backward_inputs = sizes.concrete(recorded.inputs)
+    inputs = sizes.concrete(recorded.inputs)
+    if len(inputs) == 1:  # with its backward inside
+        outputs = run_wrapper(sources[0], tape, [ghost(tape, v, None) for v in inputs[0]])
+        end = tape.tick()
+        timeline = _timeline(plan, tape, end, end, set(), recorded.partitioner.known)
+        del outputs
+        return timeline
+    forward_inputs, backward_inputs = inputs
     results = run_wrapper(sources[0], tape, [ghost(tape, v, None) for v in forward_inputs])
     split = tape.tick()
     outputs, saved = results[: recorded.num_fwd_outputs], results[recorded.num_fwd_outputs :]

@@ -18,6 +18,8 @@ from torch._guards import TracingContext
 from memplan.ir import Budget, Machine, Plan, Step
 from memplan.passes import capture, workspaces
 from memplan.passes.calls import Call
+from memplan.passes.one_graph import rewrite
+from memplan.passes.phases import hoist
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
@@ -45,6 +47,7 @@ class Partitioner:
     sizes: SizesGiven = ()  # what size symbols are taken to be; the others: as they were traced
     smallest: bool = False  # the smallest plan of the policy, even if there is room for a faster one
     several: bool = False  # other graphs run in the same step
+    parameters: frozenset[int] = frozenset()  # which arguments are parameters
     known: workspaces.Known = field(default_factory=dict, compare=False, repr=False)  # memory inside ops, as measured
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
@@ -59,8 +62,18 @@ class Partitioner:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         capture.prepare(joint)
         given = num_fwd_outputs, tuple(static_lifetime_input_indices or ()), mutated_inputs()
+        return split(joint, self._planned(lambda by: by.step(joint, *given)), num_fwd_outputs)
+
+    def whole(self, graph: fx.GraphModule) -> None:
+        """Plan a graph with its backward inside, and put the planned one in its place."""
+        capture.prepare(graph)
+        hoist(graph)
+        original = copied(graph)  # what follows from other sizes is read from it
+        rewrite(graph, self._planned(lambda by: by.whole_step(original)))
+
+    def _planned(self, step_of: Callable[[Partitioner], Step]) -> Plan:
         plan = make_plan(
-            self.step(joint, *given),
+            step_of(self),
             self.policy,
             self.budget,
             self.machine,
@@ -71,12 +84,25 @@ class Partitioner:
         )
 
         def resized(sizes: SizesGiven, held: Held) -> Plan:
-            step = dataclasses.replace(self, sizes=sizes, state=held).step(joint, *given)
+            step = step_of(dataclasses.replace(self, sizes=sizes, state=held))
             made = evaluate(step, dict(plan.decisions), self.budget, self.machine, self.inner, plan.policy)
             return dataclasses.replace(made, notes=plan.notes)
 
         self.on_plan(plan, resized)
-        return split(joint, plan, num_fwd_outputs)
+        return plan
+
+    def whole_step(self, graph: fx.GraphModule) -> Step:
+        """The Step of a prepared graph with its backward inside."""
+        step = capture.capture_whole(
+            graph,
+            parameters=self.parameters,
+            names=self.names,
+            workspaces=self._workspaces,
+            fused=self.inner == "inductor",
+            title=self.title,
+            sizes=self.sizes,
+        )
+        return dataclasses.replace(step, resident_bytes=self.state, notes=(*self.notes, *step.notes))
 
     def step(
         self,
@@ -89,7 +115,7 @@ class Partitioner:
         step = capture.capture(
             joint,
             num_fwd_outputs=num_fwd_outputs,
-            parameters=frozenset(parameters),
+            parameters=self.parameters | frozenset(parameters),
             mutated=mutated,
             names=self.names,
             workspaces=self._workspaces,
@@ -131,3 +157,12 @@ def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:
 def _clean(name: str) -> str:
     name = re.sub(r"_(parameters|modules|buffers)_", ".", name.removeprefix("L_").removeprefix("G_"))
     return name.replace("self_", "").strip("_.")
+
+
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph that a compiler may own, over the same parameters and fake values."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph.graph, {}))
+    module = fx.GraphModule(graph, new)
+    module.meta = dict(graph.meta)
+    return module

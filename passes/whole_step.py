@@ -96,15 +96,16 @@ class WholeStep:
         references = [_reference(r) for r in results]
         run.results = tuple(0 if r is None else r.cdata for r in references)
         run.made = [r for r in references if r is not None]
-        self.runs.append(run)
         node = next((r.grad_fn for r in results if isinstance(r, torch.Tensor) and r.grad_fn is not None), None)
-        if node is not None:
-            mine = self.runs
+        if node is None:  # its backward is inside, or it ran without gradients: it leaves nothing for later
+            return
+        self.runs.append(run)
+        mine = self.runs
 
-            def backward_starts(_: Any) -> None:
-                self.backward_ran = self.backward_ran or self.runs is mine
+        def backward_starts(_: Any) -> None:
+            self.backward_ran = self.backward_ran or self.runs is mine
 
-            node.register_prehook(backward_starts)
+        node.register_prehook(backward_starts)
 
     def _begin(self) -> None:
         """A new step begins: plan the last one if it was of several graphs and departed from its plan."""
