@@ -20,6 +20,7 @@ if not os.path.isdir(os.path.join(__path__[0], "passes")):
 
 _HOME = {
     "plan": "memplan.api",
+    "compile": "memplan.api",
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
     "record": "memplan.runtime.recorder",
@@ -36,6 +37,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from memplan.api import compile as compile
     from memplan.api import plan as plan
     from memplan.api import timeline as timeline
     from memplan.errors import DoesNotFit as DoesNotFit

@@ -1,7 +1,8 @@
-"""plan and timeline: look before you run."""
+"""plan and timeline: look before you run. compile: a whole step, its backward included."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,38 @@ def plan(
     )
     traced = trace(step, batch, partitioner)
     return make_plan(traced, options.policy, allowed, target, inner=options.inner)
+
+
+def compile(
+    step: Callable[..., Any],
+    *,
+    budget: str | int | float | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+    """torch.compile(step, backend="memplan") for a step that calls backward itself: loss, backward, optimizer, all.
+
+    budget, options: as in torch.compile(options={...}). fullgraph, dynamic: as in torch.compile; with fullgraph a step
+    that would be split is refused, with the line.
+    Dynamo traces `.backward()` into the graph (torch._dynamo.config.trace_autograd_ops, set for each call). What it
+    cannot trace splits the step: torch.optim's own step, and returning a loss that is not detached. An optimizer
+    written with torch._foreach ops stays inside.
+    """
+    import torch
+
+    from memplan.backend import memplan_backend
+
+    given = {"budget": budget, **options}
+    Options.read(given, os.environ)  # what is wrong with them is said here, not at the first call
+    compiled = torch.compile(step, backend=memplan_backend, options=given, fullgraph=fullgraph, dynamic=dynamic)
+
+    @functools.wraps(step if hasattr(step, "__name__") else type(step).__call__)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def timeline(of: Plan | Timeline) -> Timeline:

@@ -10,7 +10,7 @@ inside a block, between a norm's or an MLP's products, are wider than the block'
 import numpy as np
 from scipy.signal import find_peaks
 
-from memplan.ir import Step
+from memplan.ir import Graph, Step
 
 PROMINENCE = 0.5  # of the width at the boundary
 NEAR, WIDER = 3, 1.25  # a boundary is at most WIDER times the narrowest of the NEAR boundaries on either side
@@ -18,14 +18,18 @@ NEAR, WIDER = 3, 1.25  # a boundary is at most WIDER times the narrowest of the 
 
 def frontiers(step: Step) -> list[frozenset[int]]:
     """The storages that cross each block boundary, in program order. Block k lies between frontiers k-1 and k."""
-    ops = step.forward.ops
-    made, last = _extent(step)
-    width = np.zeros(len(ops) + 1)
+    return [boundary for graph in step.graphs if graph.phase == "forward" for boundary in _of_graph(step, graph)]
+
+
+def _of_graph(step: Step, graph: Graph) -> list[frozenset[int]]:
+    made, last = _extent(graph)
+    count = len(graph.ops)
+    width = np.zeros(count + 1)
     for t, start in made.items():
         width[start + 1 : last[t] + 1] += step.tensors[t].bytes
     # find_peaks looks for maxima; the ends count as high ground so that the first and last minimum qualify.
     high = 2.0 * width.max() + 1.0
-    padded = np.concatenate([[-high], -width[1 : len(ops)], [-high]])
+    padded = np.concatenate([[-high], -width[1:count], [-high]])
     found, shape = find_peaks(padded, prominence=0.0, plateau_size=1)
     deep = [int(p) for p in found[shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)]]
     narrowest = [min(width[p] for p in deep[max(0, k - NEAR) : k + NEAR + 1]) for k in range(len(deep))]
@@ -36,11 +40,11 @@ def frontiers(step: Step) -> list[frozenset[int]]:
     ]
 
 
-def _extent(step: Step) -> tuple[dict[int, int], dict[int, int]]:
-    """storage -> the forward op that makes it, and the one that reads it last."""
+def _extent(graph: Graph) -> tuple[dict[int, int], dict[int, int]]:
+    """storage -> the op of the graph that makes it, and the one that reads it last."""
     made: dict[int, int] = {}
     last: dict[int, int] = {}
-    for i, op in enumerate(step.forward.ops):
+    for i, op in enumerate(graph.ops):
         made.update(dict.fromkeys(op.outputs, i))
         last.update(dict.fromkeys([*op.inputs, *op.outputs], i))
     return made, last
