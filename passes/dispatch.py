@@ -181,7 +181,7 @@ class Adaptive:
         if self.looks and not self.optimizers:  # walking all objects takes up to 0.3 s
             self.looks -= 1
             self.optimizers = optimizers_of(parameters)
-        return held(parameters, [o for o in (ref() for ref in self.optimizers) if o is not None])
+        return held(parameters, [o for o in (ref() for ref in self.optimizers) if o is not None], args)
 
     def add(self, inputs: Sequence[Any], sizes: tuple[int, ...], held: Held, *, smallest: bool = False) -> Variant:
         """Compile a plan for these sizes with so much held. Raises DoesNotFit."""

@@ -17,15 +17,22 @@ from memplan.ir import Kind
 Held = tuple[tuple[Kind, int], ...]
 
 
-def held(parameters: Iterable[torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> Held:
-    """Bytes of the parameters' .grad and of the optimizers' states; kinds without any are left out."""
+def held(
+    parameters: Iterable[torch.Tensor],
+    optimizers: Iterable[torch.optim.Optimizer],
+    arguments: Iterable[object] = (),
+) -> Held:
+    """Bytes of the parameters' .grad and of the optimizers' states; kinds without any are left out. States that are
+    among the arguments of a step are its own, and not counted here.
+    """
+    own = {id(a) for a in arguments}
     grads = sum(p.grad.nbytes for p in parameters if p.grad is not None)
     states = sum(
         value.nbytes
         for optimizer in optimizers
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and id(value) not in own
     )
     found: Held = (("gradient", grads), ("optimizer_state", states))
     return tuple((kind, size) for kind, size in found if size)
