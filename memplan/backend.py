@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
 from memplan.passes.whole_step import WholeStep
 
+AROUND = 1024  # bytes kept for what runs around generated code: seeds of gradients, kernels' own odd bytes
+
 log = logging.getLogger("torch.memplan")
 
 
@@ -36,9 +39,12 @@ def memplan_backend(
     read = Options.read(options, os.environ)
     device = "cuda" if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs) else "cpu"
     target = read.machine or this_machine(device)
+    budget = read_budget(read.budget, target)
+    if read.inner == "inductor":
+        budget = replace(budget, fixed_bytes=budget.fixed_bytes + AROUND)
     partitioner = Partitioner(
         policy=read.policy,
-        budget=read_budget(read.budget, target),
+        budget=budget,
         machine=target,
         inner=read.inner,
         on_plan=lambda *_: None,

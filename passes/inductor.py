@@ -36,7 +36,6 @@ from memplan.passes.wrapper import Tape, ghost, run_wrapper
 from memplan.runtime.held import Held
 
 ROUNDS = 3
-AROUND = 1024  # bytes kept for what runs around the generated code: seeds of gradients, kernels' own odd bytes
 MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
 
 
@@ -107,7 +106,6 @@ def compile_inductor(
 ) -> Compiled:
     """Inductor's callable and its plan. Raises DoesNotFit when no plan's generated code is inside the budget."""
     budget = partitioner.budget
-    budget = replace(budget, fixed_bytes=budget.fixed_bytes + AROUND)
     wanted = budget.available
     tried: list[Plan] = []
     # (the smallest plan, in Inductor's order): that order suits its fusions better now and then, so it is tried last.

@@ -19,8 +19,9 @@ from memplan.passes.calls import has_effects, view_base
 
 
 def has_backward(graph: fx.GraphModule) -> bool:
-    """Whether backward was traced into the graph."""
-    return any(is_backward(n) for n in graph.graph.nodes)
+    """Whether Dynamo traced backward into the graph. In a joint graph, which has tangents, AOTAutograd did."""
+    tangents = any(n.name.startswith("tangents") for n in graph.graph.find_nodes(op="placeholder"))
+    return not tangents and any(is_backward(n) for n in graph.graph.nodes)
 
 
 def is_backward(node: fx.Node) -> bool:
