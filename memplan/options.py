@@ -25,6 +25,7 @@ FRAGMENTATION_RESERVE = 0.02
 
 _ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
 _NOT_BUILT = ("host_budget", "optimizer", "tiles")
+_TAKEN = ("custom_partitioner_fn", "joint_custom_post_pass")  # of Inductor's config
 _LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 
 
@@ -75,6 +76,8 @@ class Options:
         inductor = values.get("inductor", {})
         if not isinstance(inductor, Mapping):
             raise MemplanError(f"option 'inductor' is {inductor!r}: give a dict of torch._inductor.config's names")
+        if taken := sorted(set(inductor) & set(_TAKEN)):
+            raise MemplanError(f"option 'inductor' has {taken[0]!r}, which is where memplan plans; leave it out")
         if inductor and inner == "eager":
             raise MemplanError("option 'inductor' has no effect with inner='eager'; leave one of them out")
         if "out" in values:
