@@ -161,6 +161,11 @@ class Step:
         return _joined([g for g in self.graphs if g.phase == "backward"])
 
     @functools.cached_property
+    def closed(self) -> bool:
+        """Its backward is inside: it runs as one graph, and leaves nothing for a later one."""
+        return any(g.phase == "backward" and not g.inputs for g in self.graphs)
+
+    @functools.cached_property
     def ops(self) -> tuple[Op, ...]:
         """forward.ops + backward.ops: what Run.op indexes."""
         return self.forward.ops + self.backward.ops

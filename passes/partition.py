@@ -69,7 +69,9 @@ class Partitioner:
         capture.prepare(graph)
         hoist(graph)
         original = copied(graph)  # what follows from other sizes is read from it
-        rewrite(graph, self._planned(lambda by: by.whole_step(original)))
+        # What runs beside it, before and after, keeps nothing of it: it need not be the smallest because of that.
+        alone = dataclasses.replace(self, smallest=self.smallest and not self.several)
+        rewrite(graph, alone._planned(lambda by: by.whole_step(original)))
 
     def _planned(self, step_of: Callable[[Partitioner], Step]) -> Plan:
         plan = make_plan(

@@ -21,7 +21,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memplan.errors import DoesNotFit
-from memplan.ir import Budget, Plan
+from memplan.ir import Block, Budget, Plan
 from memplan.passes import joint
 from memplan.passes.joint import Part
 from memplan.passes.pipeline import does_not_fit, evaluate, make_plan
@@ -117,7 +117,7 @@ class WholeStep:
             return
         key = tuple(id(run.graph) for run in last)
         made = self.plans.setdefault(key, [])
-        if followed is None and len(made) < PLANS:
+        if not made or (followed is None and len(made) < PLANS):
             made.append(self._plan(last, again=bool(made)))
             if len(made) == PLANS:
                 log.warning("%d plans were made for these %d graphs: the last one stays", PLANS, len(last))
@@ -129,6 +129,10 @@ class WholeStep:
         self, graph: Adaptive, args: Sequence[Any], sizes: tuple[int, ...], arguments: tuple[int, ...]
     ) -> Variant:
         position, plan = len(self.runs), self.joint
+        first = graph.variants[0].compiled.plan
+        closed = first is not None and first.step.closed
+        if closed and not self.runs:
+            return graph.choose(args)
         total = self._held([args[i] for i in graph.parameters])
         if plan is not None and position < len(plan.variants):
             variant = plan.variants[position]
@@ -140,8 +144,11 @@ class WholeStep:
         if not self.several:
             return graph.choose(args)
         variant = graph.smallest()
-        parts = [*(run.part() for run in self.runs), Part(variant.at(sizes), arguments, ())]
-        found = self._composed(parts, total, graph)
+        parts = [run.part() for run in self.runs]
+        if closed:
+            found = self._beside(variant.at(sizes), parts, total, graph)
+        else:
+            found = self._composed([*parts, Part(variant.at(sizes), arguments, ())], total, graph)
         if not found.fits:
             raise does_not_fit(found, found)
         return variant
@@ -166,6 +173,15 @@ class WholeStep:
         return replace(
             plan, step=merged.step, decisions=(), runs=(), timeline=timeline, budget=graph.partitioner.budget
         )
+
+    def _beside(self, plan: Plan, parts: Sequence[Part], total: Held, graph: Adaptive) -> Plan:
+        """A plan that leaves nothing behind, while others wait for their backward."""
+        kept = self._composed(parts, total, graph).timeline
+        turn = sum(m.phase == "forward" for m in kept.moments)
+        waiting = Block("kept by other graphs", kept.totals[turn] - kept.base_bytes, "activation", 0, 0)
+        own = plan.timeline
+        timeline = replace(own, blocks=(*own.blocks, replace(waiting, end=len(own.moments))))
+        return replace(plan, timeline=timeline, budget=graph.partitioner.budget)
 
     # ---- the plan of all ---------------------------------------------------------------------------------------------
 

@@ -148,6 +148,7 @@ def test_options_are_frozen_and_hashable() -> None:
         ({"inner": "aot_eager"}, "'inductor' or 'eager'"),
         ({"inductor": "max_autotune"}, "give a dict"),
         ({"inner": "eager", "inductor": {"max_autotune": True}}, "no effect"),
+        ({"inductor": {"joint_custom_post_pass": print}}, "where memplan plans"),
         ({"out": 3}, "path of a"),
     ],
 )
