@@ -27,7 +27,7 @@ from memplan.ir import Graph, Kind, Op, Phase, Polynomial, Ports, Step, Tensor
 from memplan.passes import costs, one_hot
 from memplan.passes.calls import Call, Sizes, has_effects, name, tensors, view_base
 from memplan.passes.compat import argument_index, drop_dead_code, random_draws_stay, result_index, symbol_value
-from memplan.passes.phases import is_backward, phases
+from memplan.passes.phases import is_backward, phases, unplanned
 from memplan.passes.workspaces import Inside
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
@@ -97,7 +97,20 @@ def capture_whole(
     early_writes = [n for n in _writes(graph) if last[n] < late]  # the others come when all else has been read
     reader = _Reader(graph, graphs, parameters, (), names, fused, Sizes(sizes), early_writes)
     reader.read(workspaces)
-    return reader.step(title)
+    return _with_unplanned_forwards(reader.step(title), graph)
+
+
+def _with_unplanned_forwards(step: Step, graph: fx.GraphModule) -> Step:
+    """The step with a note on the arithmetic of forwards that are among the ops of a backward."""
+    between = {n.name for n in unplanned(graph)}
+    found = [op for op in step.backward.ops if op.flops > op.traffic and op.name in between]
+    if not found:
+        return step
+    note = (
+        f"{len(found)} products of a forward, the first at {found[0].source or 'an unknown line'}, read parameters "
+        "that the same graph has updated: that forward is not planned; compile one update per graph"
+    )
+    return dataclasses.replace(step, notes=(*step.notes, note))
 
 
 def _writes(graph: fx.GraphModule) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 In: a functional FX graph into which Dynamo traced `loss.backward()`, or several: one per micro-batch. Out: the parts in
 order, forward 1, backward 1, after backward 1, forward 2, ...: a unit is what leads to one backward, and that backward.
 What comes after it are the gradients that are added up, an optimizer, and whatever else neither leads to a backward nor
-can run before one; it counts as backward.
+can run before one; it counts as backward. So does a forward that reads what an update before it made (`unplanned`).
 """
 
 from __future__ import annotations
@@ -104,3 +104,16 @@ def _inside(nodes: Sequence[fx.Node], leads: Collection[fx.Node]) -> set[fx.Node
         if ahead:
             inside.add(node)
     return inside
+
+
+def unplanned(graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that depend on one backward and lead to another."""
+    nodes = list(graph.graph.nodes)
+    depends, leads = set[fx.Node](), set[fx.Node]()
+    for node in nodes:
+        if is_backward(node) or any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+    for node in reversed(nodes):
+        if is_backward(node) or any(u in leads for u in node.users):
+            leads.add(node)
+    return {n for n in depends & leads if not is_backward(n)}

@@ -7,6 +7,7 @@ why not. Whatever a policy returns is validated here, so policies stay small.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from memplan.errors import DoesNotFit, MemplanError, did_you_mean
 from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Plan, Recompute, Step
@@ -37,7 +38,9 @@ def make_plan(
         decisions = {t: Keep() if t in saved else Recompute() for t in step.read_in_backward | saved}
         plan = evaluate(step, decisions, budget, machine, inner, "greedy")
         if fit and not plan.fits:
-            raise does_not_fit(plan, smallest_plan(step, machine, inner))
+            plan = replace(smallest_plan(step, machine, inner), budget=budget)
+            if not plan.fits:
+                raise does_not_fit(plan, plan)
         return plan
     chosen = policies.find(policy)
     asked = Budget(0) if smallest else budget

@@ -46,7 +46,7 @@ class Run:
     arguments: tuple[int, ...]
     results: tuple[int, ...] = ()
     pins: list[StorageWeakRef] = field(default_factory=list)
-    made: list[StorageWeakRef] = field(default_factory=list)
+    waits: weakref.ref[Any] | None = None  # dead when nothing can call its backward any more
 
     def part(self, plan: Plan | None = None) -> Part:
         return Part(plan or self.variant.at(self.sizes), self.arguments, self.results)
@@ -88,24 +88,24 @@ class WholeStep:
     # ---- what a step is ---------------------------------------------------------------------------------------------
 
     def _over(self) -> bool:
-        gone = all(made.expired() for run in self.runs for made in run.made)  # type: ignore[no-untyped-call]
-        return bool(self.runs) and (self.backward_ran or gone)
+        if not self.backward_ran:  # what was dropped, or kept without its graph, leaves nothing behind
+            self.runs = [run for run in self.runs if run.waits is not None and run.waits() is not None]
+        return self.backward_ran or not self.runs
 
     def _note(self, run: Run, result: Any) -> None:
         results = result if isinstance(result, (tuple, list)) else (result,)
         references = [_reference(r) for r in results]
         run.results = tuple(0 if r is None else r.cdata for r in references)
-        run.made = [r for r in references if r is not None]
         node = next((r.grad_fn for r in results if isinstance(r, torch.Tensor) and r.grad_fn is not None), None)
         if node is None:  # its backward is inside, or it ran without gradients: it leaves nothing for later
             return
-        self.runs.append(run)
-        mine = self.runs
 
         def backward_starts(_: Any) -> None:
-            self.backward_ran = self.backward_ran or self.runs is mine
+            self.backward_ran = self.backward_ran or run in self.runs
 
         node.register_prehook(backward_starts)
+        run.waits = weakref.ref(backward_starts)  # the node alone holds it
+        self.runs.append(run)
 
     def _begin(self) -> None:
         """A new step begins: plan the last one if it was of several graphs and departed from its plan."""

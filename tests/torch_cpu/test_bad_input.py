@@ -115,6 +115,17 @@ def test_two_steps_before_a_backward(made) -> None:
     assert len(made[-1].step.graphs) == 4
 
 
+def test_results_kept_without_their_graph(made) -> None:
+    """A forward whose backward nobody can call leaves nothing, so it is no part of a later step."""
+    net = network()
+    compiled = planned(lambda x: net(x).square().mean())
+    compiled(ROWS).backward()
+    kept = [compiled(ROWS).detach() for _ in range(5)]
+    for old in kept:
+        (compiled(ROWS) - old).square().backward()
+    assert [len(p.step.graphs) for p in made] == [2]
+
+
 def test_without_gradients(made) -> None:
     net = network()
     compiled = planned(lambda x: net(x).square().mean(), budget=10_000_000)

@@ -14,6 +14,8 @@ import memplan
 from memplan.errors import DoesNotFit, MemplanError
 from memplan.ir import Plan
 from memplan.passes.check import check
+from memplan.passes.phases import phases
+from memplan.passes.phases import unplanned as unplanned_nodes
 from tests.accuracy import rms_error
 from tests.models import CASES, Sample
 from tests.planned import frozen_heap
@@ -136,6 +138,33 @@ def test_parts_of_one_graph(made) -> None:
     ]
     assert any("foreach" in op.target for op in plan.step.graphs[-1].ops)
     assert not plan.step.notes
+
+
+def traced(*calls: tuple[str, str, bool]) -> torch.fx.GraphModule:
+    """A graph of one placeholder x and calls of aten.add: (name, what it reads, whether it is of a backward)."""
+    graph = torch.fx.Graph()
+    nodes = {"x": graph.placeholder("x")}
+    for name, reads, backward in calls:
+        arguments = tuple(nodes[r] for r in reads.split())
+        nodes[name] = graph.create_node("call_function", torch.ops.aten.add.Tensor, arguments, name=name)
+        nodes[name].meta = {"autograd_backward": True} if backward else {}
+    graph.output(nodes[calls[-1][0]])
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def test_a_forward_that_reads_an_update() -> None:
+    """It is not planned, and capture says so. (Dynamo itself mixes up closures after it compiled such a step.)"""
+    graph = traced(
+        ("loss", "x x", False), ("grad", "loss x", True), ("update", "grad x", False),
+        ("loss2", "update x", False), ("grad2", "loss2 x", True), ("update2", "grad2 update", False),
+    )  # fmt: skip
+    assert {n.name for n in unplanned_nodes(graph)} == {"update", "loss2"}
+    assert [part.name for part in phases(graph)] == ["forward 1", "backward 1", "after backward 1"]
+    apart = traced(("loss", "x x", False), ("grad", "loss x", True), ("sum", "grad x", False), ("loss2", "x x", False),
+                   ("grad2", "loss2 x", True), ("sum2", "grad2 sum", False))  # fmt: skip
+    assert not unplanned_nodes(apart)
+    names = ["forward 1", "backward 1", "after backward 1", "forward 2", "backward 2", "after backward 2"]
+    assert [part.name for part in phases(apart)] == names
 
 
 @pytest.mark.parametrize("part", [1.0, 0.6, 0.0])
