@@ -72,6 +72,7 @@ class WholeStep:
     backward_ran: bool = False
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
+    looks: int = 3  # steps at whose start optimizers are looked for, until they are found
 
     def run(self, graph: Adaptive, args: Sequence[Any]) -> Any:
         """Run a graph with the variant that the step allows."""
@@ -131,7 +132,7 @@ class WholeStep:
         position, plan = len(self.runs), self.joint
         first = graph.variants[0].compiled.plan
         closed = first is not None and first.step.closed
-        if closed and not self.runs:
+        if not self.runs and (closed or not (plan or self.several)):
             return graph.choose(args)
         total = self._held([args[i] for i in graph.parameters])
         if plan is not None and position < len(plan.variants):
@@ -139,10 +140,7 @@ class WholeStep:
             within = all(n <= most for n, most in zip(sizes, plan.sizes[position], strict=False))
             if variant.owner is graph and within and sum(b for _, b in total) <= plan.held:
                 return variant
-        self.joint = None
-        self.several = self.several or position > 0
-        if not self.several:
-            return graph.choose(args)
+        self.joint, self.several = None, True
         variant = graph.smallest()
         parts = [run.part() for run in self.runs]
         if closed:
@@ -161,7 +159,8 @@ class WholeStep:
             self.parameters += [weakref.ref(p) for p in new]
             known |= {id(p): p for p in new}
             self.optimizers = optimizers_of(list(known.values()))
-        elif not self.runs and not self.optimizers:
+        elif not self.runs and not self.optimizers and self.looks:
+            self.looks -= 1
             self.optimizers = optimizers_of(list(known.values()))
         return held(known.values(), [o for o in (ref() for ref in self.optimizers) if o is not None])
 

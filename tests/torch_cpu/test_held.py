@@ -108,3 +108,15 @@ def test_plan_counts_what_is_there() -> None:
     optimizer.step()
     parameters = sum(p.nbytes for p in net.parameters())
     assert memplan.plan(step, ROWS, inner="eager").peak == before + 2 * parameters
+
+
+def test_objects_are_walked_a_few_times_only(monkeypatch) -> None:
+    """Looking for optimizers takes up to 0.3 s: without one it is given up."""
+    looked = []
+    for module in ("dispatch", "whole_step"):
+        monkeypatch.setattr(f"memplan.passes.{module}.optimizers_of", lambda parameters: looked.append(1) or [])
+    net = network()
+    step = planned(net, 10**8)
+    for _ in range(10):
+        step(ROWS).backward()
+    assert 1 <= len(looked) <= 4
