@@ -219,14 +219,29 @@ def test_a_policy_decides_on_the_whole_step(made) -> None:
     assert made[-1].saved == {t for t in whole.read_in_backward if whole.tensors[t].bytes <= SIZE}
 
 
-def test_a_budget_that_only_the_first_graph_meets() -> None:
+def test_a_budget_that_only_the_first_graph_meets(made) -> None:
     """The step stops before the graph that is too much runs, and nothing of it is left."""
     net, x = Straight(), rows()
-    budget = resident(net, x) + 13 * SIZE  # the first graph alone fits
+    budget = least(net, "eager") - 1000
+    torch._dynamo.reset()
+    made.clear()
     step = planned(net, budget)
     with pytest.raises(Exception, match=f"the step does not fit .*{budget / 1e6:.3f}"):
         step(x)
+    assert made and all(plan.fits for plan in made)  # each graph alone
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_gradients_wait_for_the_end_of_the_step(made) -> None:
+    """With few rows the gradients of parameters are all there is."""
+    net, x = Straight(), rows(4)
+    step = planned(net, None)
+    for _ in range(2):
+        step(x).backward()
+        net.zero_grad()
+    peak = peak_of(step, net, x)
+    assert 0 <= made[-1].peak - peak <= 0.02 * peak
+    assert peak > resident(net, x) + sum(p.nbytes for p in net.parameters())
 
 
 def test_gradients_that_are_there_already(made) -> None:
