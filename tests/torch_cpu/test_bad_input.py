@@ -11,25 +11,12 @@ from torch import nn
 import memplan
 from memplan.backend import memplan_backend
 from memplan.errors import MemplanError
-from memplan.ir import Plan
 
 # Dynamo's own, when it compiles a graph that begins with the result of another.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[Plan]:
-    seen: list[Plan] = []
-    monkeypatch.setattr("memplan.backend._report", lambda plan, options: seen.append(plan))
-    return seen
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 
 def network() -> nn.Sequential:

@@ -13,32 +13,18 @@ import memplan
 from memplan import Keep, Recompute
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
-from memplan.ir import Plan
 from tests.accuracy import exact_gradients, gradients, rms_error
 from tests.models import CASES, Sample
 from tests.planned import frozen_heap
 
 # Dynamo's own, when it compiles a graph that begins with the result of another, here even under aot_eager.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 WIDTH, ROWS = 32, 512
 SIZE = 4 * ROWS * WIDTH  # the residual stream
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[Plan]:
-    """The plans that the backend reports, as they come."""
-    seen: list[Plan] = []
-    monkeypatch.setattr("memplan.backend._report", lambda plan, options: seen.append(plan))
-    return seen
 
 
 class Block(nn.Module):

@@ -7,23 +7,8 @@ from torch import nn
 import memplan
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
-from memplan.ir import Plan
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[Plan]:
-    """The plans that the backend reports, as they come."""
-    seen: list[Plan] = []
-    monkeypatch.setattr("memplan.backend._report", lambda plan, options: seen.append(plan))
-    return seen
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def network() -> nn.Sequential:

@@ -21,24 +21,12 @@ from tests.models import CASES, Sample
 from tests.planned import frozen_heap
 
 # Dynamo's own, when it compiles a graph that begins with the result of another.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 WIDTH, ROWS = 64, 256
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[Plan]:
-    """The plans that the backend reports, as they come."""
-    seen: list[Plan] = []
-    monkeypatch.setattr("memplan.backend._report", lambda plan, options: seen.append(plan))
-    return seen
 
 
 class Block(nn.Module):

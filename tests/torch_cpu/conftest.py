@@ -1,0 +1,25 @@
+"""What tests that compile steps share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from memplan.ir import Plan
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, nothing left behind, and the same random numbers."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that the backend reports, as they come."""
+    seen: list[Plan] = []
+    monkeypatch.setattr("memplan.backend._report", lambda plan, options: seen.append(plan))
+    return seen
