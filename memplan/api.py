@@ -18,6 +18,7 @@ def plan(
     machine: str | Machine | None = None,
     policy: Any = "greedy",
     inner: str = "inductor",
+    optimizer: Any = None,
 ) -> Plan:
     """The plan for `step(*batch)` inside `budget`, made on fake tensors.
 
@@ -25,6 +26,8 @@ def plan(
     budget: "24GB", "50%", 0.5, or bytes as an int; None: the whole machine.
     machine: whose memory and speed to plan for; None: this one, where each op is run alone once, on zeros, to
         learn the memory inside it. For another machine nothing is run at all.
+    optimizer: what will update the parameters: "adamw", or a function that makes it from parameters, or itself; None:
+        the one that has them by now. Its states count, and what its step takes.
     inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
@@ -34,7 +37,7 @@ def plan(
     from memplan.passes.pipeline import make_plan
     from memplan.passes.trace import trace
 
-    given = {"budget": budget, "machine": machine, "policy": policy, "inner": inner}
+    given = {"budget": budget, "machine": machine, "policy": policy, "inner": inner, "optimizer": optimizer}
     options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
     target = options.machine or this_machine("cpu")
     allowed = read_budget(options.budget, target)
@@ -46,7 +49,7 @@ def plan(
         on_plan=lambda *_: None,
         measure=options.machine is None,
     )
-    traced = trace(step, batch, partitioner)
+    traced = trace(step, batch, partitioner, options.optimizer)
     return make_plan(traced, options.policy, allowed, target, inner=options.inner)
 
 

@@ -24,6 +24,7 @@ from memplan.passes.compat import broken_at, compile_call, nested, resumed_at
 from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
 from memplan.passes.whole_step import WholeStep
+from memplan.runtime.held import Watch
 
 AROUND = 1024  # bytes kept for what runs around generated code: seeds of gradients, kernels' own odd bytes
 
@@ -51,20 +52,27 @@ def memplan_backend(
         names=tensor_names(graph),
         notes=tuple(_limits(graph)),
     )
-    step = whole_step(compile_call())
+    step = whole_step(compile_call(), read.optimizer)
     if step is not None:
-        step.several = step.several or bool(broken_at(graph)) or nested()
+        step.several = step.several or bool(broken_at(graph)) or nested() or _goes_on(graph)
     return adaptive(
-        graph, example_inputs, partitioner, _compiler(read), lambda plan: _report(plan, read), dict(read.limits), step
+        graph,
+        example_inputs,
+        partitioner,
+        _compiler(read),
+        lambda plan: _report(plan, read),
+        dict(read.limits),
+        step,
+        read.optimizer,
     )
 
 
-def whole_step(owner: Any) -> WholeStep | None:
+def whole_step(owner: Any, optimizer: Any = None) -> WholeStep | None:
     """What the graphs of one torch.compile call share, kept with what stands for that call."""
     if owner is None:
         return None
     if not hasattr(owner, "memplan_step"):
-        owner.memplan_step = WholeStep()
+        owner.memplan_step = WholeStep(watch=Watch(optimizer))
     step: WholeStep = owner.memplan_step
     return step
 
@@ -84,9 +92,15 @@ def _limits(graph: fx.GraphModule) -> list[str]:
     if place := broken_at(graph) or resumed_at():
         return [
             f"a graph break at {place} split the step: each graph runs its smallest plan once, and they are planned "
-            "together at the second call; what runs between them, outside of graphs, is not counted"
+            "together at the second call, with what runs between them"
         ]
     return []
+
+
+def _goes_on(graph: fx.GraphModule) -> bool:
+    """Whether it returns more than a loss: then something runs after it, outside of graphs, before its backward."""
+    results = [n.meta.get("example_value") for n in graph.graph.output_node().all_input_nodes]
+    return any(isinstance(r, torch.Tensor) and r.requires_grad and r.dim() > 0 for r in results)
 
 
 def _report(plan: Plan, options: Options) -> None:

@@ -34,7 +34,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     FILE.py:make_step names a function without arguments that returns (step, batch).
     """
-    given = {name: getattr(arguments, name) for name in ("budget", "machine", "policy", "inner", "out")}
+    given = {name: getattr(arguments, name) for name in ("budget", "machine", "policy", "inner", "out", "optimizer")}
     options = Options.read(given)
     if options.out:
         report.check_path(Plan, options.out)  # planning may take a minute
@@ -47,6 +47,7 @@ def plan(arguments: argparse.Namespace) -> int:
             machine=options.machine,
             policy=options.policy,
             inner=options.inner,
+            optimizer=options.optimizer,
         )
     print(serialize.to_json(made) if arguments.json else made)
     if options.out:
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--machine", help="a name of the device table, such as rtx4090; default this one")
     command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
     command.add_argument("--inner", choices=("inductor", "eager"), help="what will run the graphs; default inductor")
+    command.add_argument("--optimizer", help="torch.optim's name of it, such as adamw: its states and its step count")
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
 

@@ -110,10 +110,44 @@ class Graph:
 
 @dataclass(frozen=True)
 class Gap:
-    """Python between two graphs, with the bytes measured there."""
+    """Python outside of graphs: after a forward graph, and again when backward is back at that place; or after the
+    step.
 
-    after: str
-    bytes: int = 0
+    `bytes`: its peak beside what is there when it starts. `kept`: what of it stays until it runs backward.
+    `backward_bytes`, `backward_kept`: the same in backward; what stays then stays to the end of the step.
+    """
+
+    name: str
+    bytes: int
+    kept: int = 0
+    backward_bytes: int = 0
+    backward_kept: int = 0
+
+    def exceeds(self, other: Gap) -> bool:
+        """Whether it needs more at any place."""
+        pairs = zip(dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:], strict=True)
+        return any(mine > theirs for mine, theirs in pairs)
+
+    def scaled(self, factor: float) -> Gap:
+        """The same at other sizes."""
+        sizes = (self.bytes, self.kept, self.backward_bytes, self.backward_kept)
+        return Gap(self.name, *(math.ceil(size * factor) for size in sizes))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is there beside a step's own tensors: bytes by kind throughout (existing .grad, optimizer states), and what
+    runs after the step. `notes`: what of it is not known.
+    """
+
+    kinds: tuple[tuple[Kind, int], ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Bytes throughout, and the most that runs beside them after the step: a peak grows with both."""
+        return sum(size for _, size in self.kinds), max((gap.bytes for gap in self.gaps), default=0)
 
 
 @dataclass(frozen=True)
@@ -133,7 +167,8 @@ class Step:
     One compiled graph is a pair, forward and backward. A graph break makes forward 1, forward 2, backward 2, backward
     1; micro-batches with their backward inside make forward 1, backward 1, forward 2, backward 2, and what follows.
     `resident`: storages alive throughout (parameters, buffers, the batch).
-    `resident_bytes`: state that no op touches, by kind (existing .grad, optimizer states).
+    `held`: state that no op touches, and the optimizer's step after it.
+    `gaps`: what runs between graphs: it is among their ops too.
     `saved_by`: what torch's own partitioner would save, by policy name, so that policies need no torch.
     `notes`: what was found but not handled, each with its source line; shown with every plan.
     """
@@ -142,7 +177,7 @@ class Step:
     tensors: tuple[Tensor, ...]
     graphs: tuple[Graph, ...]
     resident: tuple[int, ...]
-    resident_bytes: tuple[tuple[Kind, int], ...] = ()
+    held: Held = Held()
     gaps: tuple[Gap, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()  # the size symbols and the values that Tensor.bytes are for
     saved_by: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -231,7 +266,7 @@ class Step:
     @functools.cached_property
     def base_bytes(self) -> int:
         """Bytes that no decision changes: resident storages and state."""
-        return sum(self.tensors[t].bytes for t in self.resident) + sum(b for _, b in self.resident_bytes)
+        return sum(self.tensors[t].bytes for t in self.resident) + sum(b for _, b in self.held.kinds)
 
     def at(self, **sizes: int) -> Step:
         """The same step at other values of its size symbols. Costs and workspaces scale with nothing: bytes only."""

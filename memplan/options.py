@@ -24,7 +24,7 @@ from memplan.units import parse_bytes as parse_bytes
 FRAGMENTATION_RESERVE = 0.02
 
 _ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
-_NOT_BUILT = ("host_budget", "optimizer", "tiles")
+_NOT_BUILT = ("host_budget", "tiles")
 _TAKEN = ("custom_partitioner_fn", "joint_custom_post_pass")  # of Inductor's config
 _LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 
@@ -37,6 +37,8 @@ class Options:
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
     `out`: the file to which the plan is saved, .json or .png.
+    `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
+    it, or a function that makes it from parameters, or itself.
     `limits`: the largest sizes to come, {"batch": 8, "tokens": 20480}, for which a step of varying sizes is planned.
     """
 
@@ -47,6 +49,7 @@ class Options:
     inductor: tuple[tuple[str, Any], ...] = ()
     out: str | None = None
     limits: tuple[tuple[str, int], ...] = ()
+    optimizer: Any = None
 
     @staticmethod
     def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
@@ -70,6 +73,12 @@ class Options:
             raise MemplanError(
                 f"option 'policy' is {policy!r}: give a policy's name, or an object called with (step, budget, machine)"
             )
+        optimizer = values.get("optimizer")
+        if not (optimizer is None or isinstance(optimizer, str) or callable(optimizer) or _is_optimizer(optimizer)):
+            raise MemplanError(
+                f"option 'optimizer' is {optimizer!r}: give torch.optim's name of it, the optimizer itself, or a "
+                "function that makes it from parameters"
+            )
         inner = values.get("inner", "inductor")
         if inner not in ("inductor", "eager"):
             raise MemplanError(f"option 'inner' is {inner!r}: it is 'inductor' or 'eager'")
@@ -86,6 +95,10 @@ class Options:
             values["out"] = str(values["out"])
         limits = _sizes(values.get("limits", {}))
         return Options(**values | {"inductor": tuple(inductor.items()), "limits": limits})
+
+
+def _is_optimizer(value: object) -> bool:
+    return hasattr(value, "param_groups") and hasattr(value, "state")
 
 
 def _sizes(limits: object) -> tuple[tuple[str, int], ...]:

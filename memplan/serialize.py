@@ -1,4 +1,4 @@
-"""Steps, plans and timelines as JSON: {"memplan": "Plan", "schema": 2, "value": {...}}.
+"""Steps, plans and timelines as JSON: {"memplan": "Plan", "schema": 3, "value": {...}}.
 
 Fields are written by name, unions by class name. What cannot be read whole is refused with a MemplanError
 that names the file; files are written to a temporary name and renamed, so none is ever half-written.
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from memplan.errors import MemplanError
 from memplan.ir import Decision, Keep, Plan, Recompute, Step, Timeline
 
-SCHEMA = 2  # raised when files written before can no longer be read
+SCHEMA = 3  # raised when files written before can no longer be read
 
 _UNIONS: dict[str, type] = {"Keep": Keep, "Recompute": Recompute}
 

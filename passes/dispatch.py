@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,12 +22,12 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from memplan.errors import DoesNotFit
-from memplan.ir import Budget, Decision, Machine, Plan, Step
+from memplan.ir import Budget, Decision, Held, Machine, Plan, Step
 from memplan.passes.calls import Sizes
 from memplan.passes.compat import dimension
 from memplan.passes.partition import Partitioner, Resized, SizesGiven, copied
 from memplan.passes.whole_step import WholeStep
-from memplan.runtime.held import Held, held, optimizers_of
+from memplan.runtime.held import Watch
 
 log = logging.getLogger("torch.memplan")
 
@@ -76,14 +75,15 @@ def adaptive(
     report: Callable[[Plan], None],
     limits: Mapping[str, int],
     step: WholeStep | None = None,
+    optimizer: Any = None,
 ) -> Callable[..., Any]:
     """The callable for a graph; `limits` are the largest sizes to come, where they are known; `step` knows of the
-    other graphs that run with it.
+    other graphs that run with it; `optimizer` is declared ahead.
     """
     symbols = {i: n for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
     names = {i: str(n.node.expr) for i, n in symbols.items()}
     most = tuple(limits.get(_called(n), math.inf) for n in symbols.values())
-    made = Adaptive(copied(graph), partitioner, compiler, report, names, most, step)
+    made = Adaptive(copied(graph), partitioner, compiler, report, names, most, step, watch=Watch(optimizer))
     traced = map(Sizes().of, symbols.values())
     first = tuple(n if m is math.inf else max(n, int(m)) for n, m in zip(traced, most, strict=True))
     made.add(example_inputs, first, made.held(example_inputs), smallest=step is not None and step.several)
@@ -96,7 +96,7 @@ def _called(size: torch.SymInt) -> str:
     return DIMENSIONS[where] if where in range(len(DIMENSIONS)) else ""
 
 
-Point = tuple[int, ...]  # what a peak depends on: the sizes, in the order of their symbols, and the bytes held
+Point = tuple[int, ...]  # what a peak depends on: the sizes, in the order of their symbols, and the extent of Held
 
 
 @dataclass(eq=False)
@@ -112,10 +112,14 @@ class Variant:
 
     def at(self, sizes: tuple[int, ...]) -> Plan:
         """Its plan at these sizes, with nothing held."""
-        assert self.compiled.resized is not None
         if sizes not in self.plans:
-            self.plans[sizes] = self.compiled.resized(self.owner.given(sizes), ())
+            self.plans[sizes] = self.with_held(sizes, Held())
         return self.plans[sizes]
+
+    def with_held(self, sizes: tuple[int, ...], held: Held) -> Plan:
+        """Its plan at these sizes, with so much held."""
+        assert self.compiled.resized is not None
+        return self.compiled.resized(self.owner.given(sizes), held)
 
     def holds(self, at: Point) -> bool:
         """Whether it is known to fit."""
@@ -148,9 +152,8 @@ class Adaptive:
     step: WholeStep | None = None
     variants: list[Variant] = field(default_factory=list)
     planned_for: list[tuple[int, ...]] = field(default_factory=list)  # sizes
-    optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
     by_decisions: dict[Any, Variant] = field(default_factory=dict)
-    looks: int = 3  # runs at whose entry optimizers are looked for, until they are found
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         nodes = self.graph.graph.find_nodes(op="placeholder")
@@ -168,7 +171,7 @@ class Adaptive:
     def choose(self, args: Sequence[Any]) -> Variant:
         """A variant that fits, as far as this graph alone goes."""
         sizes, held = self.sizes(args), self.held(args)
-        at = (*sizes, _total(held))
+        at = (*sizes, *held.extent)
         return next((variant for variant in self.variants if variant.holds(at)), None) or self._find(sizes, held)
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
@@ -177,18 +180,14 @@ class Adaptive:
 
     def held(self, args: Sequence[Any]) -> Held:
         """What the process holds for the parameters among the arguments."""
-        parameters = [args[i] for i in self.parameters]
-        if self.looks and not self.optimizers:  # walking all objects takes up to 0.3 s
-            self.looks -= 1
-            self.optimizers = optimizers_of(parameters)
-        return held(parameters, [o for o in (ref() for ref in self.optimizers) if o is not None], args)
+        return self.watch.held([args[i] for i in self.parameters], args)
 
     def add(self, inputs: Sequence[Any], sizes: tuple[int, ...], held: Held, *, smallest: bool = False) -> Variant:
         """Compile a plan for these sizes with so much held. Raises DoesNotFit."""
         several = self.step is not None and self.step.several
-        partitioner = replace(self.partitioner, sizes=self.given(sizes), state=held, smallest=smallest, several=several)
+        partitioner = replace(self.partitioner, sizes=self.given(sizes), held=held, smallest=smallest, several=several)
         compiled = self.compiler(self.graph, inputs, partitioner)
-        variant = Variant(self, compiled, smallest, [(*sizes, _total(held))])
+        variant = Variant(self, compiled, smallest, [(*sizes, *held.extent)])
         self.variants.append(variant)
         self.planned_for.append(sizes)
         if compiled.plan is not None:
@@ -200,7 +199,7 @@ class Adaptive:
         found = next((v for v in self.variants if v.smallest), None)
         if found is None:
             with self._compiling():
-                found = self.add(self.fakes, self.planned_for[-1], (), smallest=True)
+                found = self.add(self.fakes, self.planned_for[-1], Held(), smallest=True)
         return found
 
     def decided(self, sizes: tuple[int, ...], decisions: Mapping[int, Decision], policy: str) -> Variant:
@@ -208,7 +207,7 @@ class Adaptive:
         key = tuple(sorted((t, type(d).__name__) for t, d in decisions.items()))
         if key not in self.by_decisions:
             partitioner = replace(
-                self.partitioner, policy=Chosen(policy, decisions), sizes=self.given(sizes), state=(), fit=False
+                self.partitioner, policy=Chosen(policy, decisions), sizes=self.given(sizes), held=Held(), fit=False
             )
             with self._compiling():
                 compiled = self.compiler(self.graph, self.fakes, partitioner)
@@ -226,9 +225,9 @@ class Adaptive:
         """A variant that fits where none is known to."""
         for variant in self.variants:
             for n in (self.larger(sizes, MARGIN), sizes):
-                if variant.fits((*n, _total(held)), self.given(n), held):
+                if variant.fits((*n, *held.extent), self.given(n), held):
                     return variant
-        log.warning("no plan fits sizes %s with %s held: planning again", dict(self.given(sizes)), dict(held))
+        log.warning("no plan fits sizes %s with %s held: planning again", dict(self.given(sizes)), dict(held.kinds))
         with self._compiling():
             known = _within(sizes, self.planned_for[-1])  # then it is what is held that has grown
             smallest = not known and len(set(self.planned_for)) > 1
@@ -245,7 +244,3 @@ class Adaptive:
     def larger(self, sizes: tuple[int, ...], factor: float) -> tuple[int, ...]:
         """Sizes times a factor, inside the limits, and never smaller than they are."""
         return tuple(max(n, int(min(n * factor, most))) for n, most in zip(sizes, self.limits, strict=True))
-
-
-def _total(held: Held) -> int:
-    return sum(size for _, size in held)

@@ -23,7 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch._inductor.graph import GraphLowering
 
 from memplan.errors import MemplanError
-from memplan.ir import Block, Budget, Kind, Moment, Plan, Timeline
+from memplan.ir import Block, Budget, Held, Kind, Moment, Plan, Timeline
 from memplan.passes import workspaces
 from memplan.passes.calls import Sizes
 from memplan.passes.compat import parts_stay_apart
@@ -31,9 +31,8 @@ from memplan.passes.dispatch import Compiled
 from memplan.passes.partition import Partitioner, SizesGiven, copied
 from memplan.passes.phases import has_backward
 from memplan.passes.pipeline import does_not_fit
-from memplan.passes.simulate import base
+from memplan.passes.simulate import base, followed
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
-from memplan.runtime.held import Held
 
 ROUNDS = 3
 MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
@@ -165,10 +164,10 @@ def _compile(
 
     def resized(sizes: SizesGiven, held: Held) -> Plan:
         known = dict(plan.step.sizes)
-        step = replace(plan.step.at(**{s: n for s, n in sizes if s in known}), resident_bytes=held)
+        step = replace(plan.step.at(**{s: n for s, n in sizes if s in known}), held=held)
         return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, sources, Sizes(sizes)))
 
-    return Compiled(run, resized(partitioner.sizes, partitioner.state), resized), plan.peak
+    return Compiled(run, resized(partitioner.sizes, partitioner.held), resized), plan.peak
 
 
 def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: Sizes) -> Timeline:
@@ -212,4 +211,5 @@ def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int],
         Moment(f"event {i}", plan.timeline.seconds * i / end, "forward" if i < split else "backward")
         for i in range(end)
     )
-    return replace(plan.timeline, moments=moments, blocks=tuple(blocks), base=base(plan.step))
+    made = replace(plan.timeline, moments=moments, blocks=tuple(blocks), base=base(plan.step))
+    return followed(made, plan.step.held)

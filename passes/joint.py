@@ -20,9 +20,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from memplan.ir import Block, Decision, Graph, Keep, Kind, Moment, Op, Plan, Recompute, Step, Tensor, Timeline
-
-Held = tuple[tuple[Kind, int], ...]
+from memplan.ir import Block, Decision, Graph, Held, Keep, Kind, Moment, Op, Plan, Recompute, Step, Tensor, Timeline
+from memplan.passes.simulate import followed
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ def merge(parts: Sequence[Part], held: Held) -> Merged:
         tensors=tuple(tensors),
         graphs=tuple(graphs),
         resident=tuple(t for t in resident if t not in made),
-        resident_bytes=held,
+        held=held,
+        gaps=tuple(gap for s in steps for gap in s.gaps),
         saved_by=_saved_by(steps, index),
         fused=any(s.fused for s in steps),
         notes=tuple(dict.fromkeys(note for s in steps for note in s.notes)),
@@ -175,13 +175,13 @@ def _saved_by(steps: Sequence[Step], index: Sequence[Mapping[int, int]]) -> tupl
     return tuple((name, tuple(sorted(set(saved)))) for name, saved in found.items())
 
 
-def shares(plan: Plan, merged: Merged, parts: Sequence[Part]) -> list[dict[int, Decision]]:
-    """For each part, the decisions on its own storages under which it runs as `plan` says."""
+def shares(plan: Plan, merged: Merged, own_plans: Sequence[Plan]) -> list[dict[int, Decision]]:
+    """For each part, of which any plan is given: the decisions under which it runs as `plan` of the whole says."""
     step, out = plan.step, []
     given = step.given - set(step.resident)
     runs = {g.unit: own for g, own in zip(step.graphs, plan.runs, strict=True) if g.phase == "backward"}
-    for k, part in enumerate(parts):
-        index, own = merged.index[k], part.plan.step
+    for k, alone in enumerate(own_plans):
+        index, own = merged.index[k], alone.step
         read = {t for run in runs[k] for t in step.ops[run.op].inputs}
         kept = plan.saved | (given & read)
         mine = [t for t in own.saveable if t in own.read_in_backward or index[t] in kept]
@@ -200,7 +200,7 @@ def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
     for k in reversed(range(len(parts))):
         behind[k], at = at, at + sizes[k][1]
     crossing = links(parts)
-    ends = _gradients(parts, crossing, behind, at, adding=any(kind == "gradient" for kind, _ in held))
+    ends = _gradients(parts, crossing, behind, at, adding=any(kind == "gradient" for kind, _ in held.kinds))
     blocks: list[Block] = []
     for k, part in enumerate(parts):
         first, count = sizes[k][0], sum(sizes[k])
@@ -213,7 +213,8 @@ def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
                 end = max(end, waiting[block.bytes].pop() if waiting.get(block.bytes) else at)
             blocks.append(dataclasses.replace(block, start=start, end=end))
         blocks += _sums(k, parts, crossing, behind[k] + count - first)
-    return Timeline(title, "predicted", _moments(parts, sizes), tuple(blocks), _base(parts, crossing, held))
+    made = Timeline(title, "predicted", _moments(parts, sizes), tuple(blocks), _base(parts, crossing, held))
+    return followed(made, held)
 
 
 def _count(timeline: Timeline) -> tuple[int, int]:
@@ -276,7 +277,7 @@ def _moments(parts: Sequence[Part], sizes: Sequence[tuple[int, int]]) -> tuple[M
 def _base(parts: Sequence[Part], crossing: Sequence[Link], held: Held) -> tuple[tuple[Kind, int], ...]:
     """What is there throughout, once: parameters, the batch, what came from outside the graphs."""
     made = {(link.reader, link.key) for link in crossing}
-    total, seen = Counter[Kind](dict(held)), set[int]()
+    total, seen = Counter[Kind](dict(held.kinds)), set[int]()
     for k, part in enumerate(parts):
         keys = part.storages()
         for t in part.plan.step.resident:

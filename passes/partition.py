@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 from torch._guards import TracingContext
 
-from memplan.ir import Budget, Machine, Plan, Step
+from memplan.ir import Budget, Held, Machine, Plan, Step
 from memplan.passes import capture, workspaces
 from memplan.passes.calls import Call
 from memplan.passes.one_graph import rewrite
@@ -24,7 +24,6 @@ from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
 from memplan.passes.torch_policies import saved_sets
-from memplan.runtime.held import Held
 
 SizesGiven = tuple[tuple[str, int], ...]  # size symbol -> value
 Resized = Callable[[SizesGiven, Held], Plan]  # the plan of the same decisions at other sizes, with more or less held
@@ -40,7 +39,7 @@ class Partitioner:
     inner: str
     on_plan: Callable[[Plan, Resized], None]
     names: tuple[str, ...] = ()
-    state: Held = ()  # bytes that no op touches, by kind
+    held: Held = field(default_factory=Held)  # what no op touches
     measure: bool = True  # run ops on the CPU to learn their workspaces, rather than look them up
     title: str = "step"
     notes: tuple[str, ...] = ()  # what is known to be missing before anything is captured
@@ -86,7 +85,7 @@ class Partitioner:
         )
 
         def resized(sizes: SizesGiven, held: Held) -> Plan:
-            step = step_of(dataclasses.replace(self, sizes=sizes, state=held))
+            step = step_of(dataclasses.replace(self, sizes=sizes, held=held))
             made = evaluate(step, dict(plan.decisions), self.budget, self.machine, self.inner, plan.policy)
             return dataclasses.replace(made, notes=plan.notes)
 
@@ -104,7 +103,7 @@ class Partitioner:
             title=self.title,
             sizes=self.sizes,
         )
-        return dataclasses.replace(step, resident_bytes=self.state, notes=(*self.notes, *step.notes))
+        return dataclasses.replace(step, held=self.held, notes=(*self.notes, *self.held.notes, *step.notes))
 
     def step(
         self,
@@ -126,8 +125,8 @@ class Partitioner:
             sizes=self.sizes,
         )
         saved = saved_sets(joint, step, num_fwd_outputs, parameters, self.policy)
-        notes = (*self.notes, *step.notes)
-        return dataclasses.replace(step, resident_bytes=self.state, saved_by=saved, notes=notes)
+        notes = (*self.notes, *self.held.notes, *step.notes)
+        return dataclasses.replace(step, held=self.held, saved_by=saved, notes=notes)
 
     def _workspaces(self, calls: Sequence[Call]) -> list[workspaces.Inside]:
         if not self.measure or self.machine.device != "cpu":

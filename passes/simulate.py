@@ -7,8 +7,9 @@ policies that ask often.
 
 import itertools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from memplan.ir import Block, Kind, Machine, Moment, Run, Step, Timeline
+from memplan.ir import Block, Held, Kind, Machine, Moment, Run, Step, Timeline
 from memplan.passes.lifetimes import Life, lifetimes
 from memplan.passes.schedule import schedule
 
@@ -27,7 +28,24 @@ def simulate(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int], 
         _block(step, life, order, crossing=_crosses(moments, life), gradients=gradients)
         for life in lifetimes(step, runs, saved)
     )
-    return Timeline(step.name, "predicted", tuple(moments), blocks, base(step), step.notes)
+    made = Timeline(step.name, "predicted", tuple(moments), blocks, base(step), step.notes)
+    return followed(made, step.held)
+
+
+def followed(timeline: Timeline, held: Held) -> Timeline:
+    """The timeline with what runs after the step: beside its results, which are held until then. Gradients that were
+    added to others are not.
+    """
+    added = any(kind == "gradient" for kind, _ in held.kinds)
+    for gap in held.gaps:
+        end = len(timeline.moments)
+        blocks = [
+            replace(b, end=end + (b.end == end and not (added and b.kind == "gradient"))) for b in timeline.blocks
+        ]
+        blocks.append(Block(gap.name, gap.bytes, "temporary", end, end + 1))
+        moments = (*timeline.moments, Moment(gap.name, timeline.seconds, "optimizer"))
+        timeline = replace(timeline, moments=moments, blocks=tuple(blocks))
+    return timeline
 
 
 def _crosses(moments: Sequence[Moment], life: Life) -> bool:
@@ -70,6 +88,6 @@ def _block(step: Step, life: Life, runs: Sequence[Run], *, crossing: bool, gradi
 def base(step: Step) -> tuple[tuple[Kind, int], ...]:
     """Bytes that no decision changes, by kind."""
     total: dict[Kind, int] = {}
-    for kind, size in [*((step.tensors[t].kind, step.tensors[t].bytes) for t in step.resident), *step.resident_bytes]:
+    for kind, size in [*((step.tensors[t].kind, step.tensors[t].bytes) for t in step.resident), *step.held.kinds]:
         total[kind] = total.get(kind, 0) + size
     return tuple(total.items())

@@ -33,7 +33,7 @@ from memplan.errors import MemplanError
 from memplan.ir import Step
 from memplan.passes import capture
 from memplan.passes.partition import Partitioner, mutated_inputs
-from memplan.runtime.held import held, optimizers_of
+from memplan.runtime.held import Watch
 
 _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.abspath(__file__)
 SEARCH_DEPTH = 4  # how far from the step a module may be hidden in closures, containers and attributes
@@ -53,8 +53,10 @@ class _BackwardCalled(Exception):
         self.loss = loss
 
 
-def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partitioner) -> Step:
-    """The Step of `step(*batch)`, priced and measured as the partitioner says; MemplanError if it has no backward."""
+def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partitioner, optimizer: Any = None) -> Step:
+    """The Step of `step(*batch)`, priced and measured as the partitioner says, with what its optimizer holds.
+    MemplanError if it has no backward.
+    """
     step = _uncompiled(step)
     modules = find_modules(step)
     state = {f"{m}:{name}": t for m, module in enumerate(modules) for name, t in _state(module).items()}
@@ -65,8 +67,8 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
     arguments = [*fakes, *(_fake(mode, leaves[i]) for i in inputs)]
     names = tuple(_name(modules, key) for key in state) + tuple(f"batch[{i}]" for i in range(len(inputs)))
     parameters = [t for t in state.values() if isinstance(t, nn.Parameter)]
-    optimizers = [o for o in (ref() for ref in optimizers_of(parameters)) if o is not None]
-    partitioner = dataclasses.replace(partitioner, names=names, state=held(parameters, optimizers), title=_title(step))
+    held = Watch(optimizer).held(parameters)
+    partitioner = dataclasses.replace(partitioner, names=names, held=held, title=_title(step))
     if partitioner.measure and any(t.is_meta for t in [*state.values(), *(leaves[i] for i in inputs)]):
         note = "the step is on the meta device, so no op was run here: the memory inside ops is left out"
         partitioner = dataclasses.replace(partitioner, measure=False, notes=(*partitioner.notes, note))

@@ -7,6 +7,8 @@ graphs are planned as one (joint.py), compiled anew where their share differs, a
 What must hold: no graph runs where the step up to it, with the backward of what has run, is not known to fit. A step
 that departs from the plan (another graph, larger sizes, more held) goes on with smallest plans, each looked at before
 it runs, and is planned again at the next.
+What Python allocates after a graph, and on the way back, is measured in the first two steps (runtime/window.py) and
+whenever sizes grow; for other sizes it is scaled by their product.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memplan.errors import DoesNotFit
-from memplan.ir import Block, Budget, Plan
+from memplan.ir import Block, Budget, Gap, Held, Plan
 from memplan.passes import joint
+from memplan.passes.gaps import with_gap
 from memplan.passes.joint import Part
+from memplan.passes.outside import Outside
 from memplan.passes.pipeline import does_not_fit, evaluate, make_plan
-from memplan.runtime.held import Held, held, optimizers_of
+from memplan.runtime.held import Watch
+from memplan.runtime.window import Span
 
 if TYPE_CHECKING:
     from memplan.passes.dispatch import Adaptive, Variant
@@ -47,18 +52,23 @@ class Run:
     results: tuple[int, ...] = ()
     pins: list[StorageWeakRef] = field(default_factory=list)
     waits: weakref.ref[Any] | None = None  # dead when nothing can call its backward any more
+    ahead: Span | None = None  # what runs after it
+    behind: Span | None = None  # and before its backward
 
-    def part(self, plan: Plan | None = None) -> Part:
-        return Part(plan or self.variant.at(self.sizes), self.arguments, self.results)
+    def part(self, plan: Plan) -> Part:
+        return Part(plan, self.arguments, self.results)
 
 
 @dataclass(frozen=True)
 class Joint:
-    """A plan for a sequence of runs: the variant of each, the sizes up to which it holds, and the bytes held."""
+    """A plan for a sequence of runs: the variant of each, the sizes up to which it holds, the bytes held, and the gaps
+    that it leaves room for.
+    """
 
     variants: tuple[Variant, ...]
     sizes: tuple[tuple[int, ...], ...]
-    held: int
+    gaps: tuple[Gap | None, ...]
+    held: tuple[int, int]
 
 
 @dataclass
@@ -69,21 +79,26 @@ class WholeStep:
     runs: list[Run] = field(default_factory=list)
     joint: Joint | None = None  # the plan of the step under way, while it is followed
     plans: dict[tuple[int, ...], list[Joint]] = field(default_factory=dict)  # graphs, in order -> plans, latest last
+    outside: Outside = field(default_factory=Outside)
     backward_ran: bool = False
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-    optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
-    looks: int = 3  # steps at whose start optimizers are looked for, until they are found
+    watch: Watch = field(default_factory=Watch)
 
     def run(self, graph: Adaptive, args: Sequence[Any]) -> Any:
         """Run a graph with the variant that the step allows."""
+        if self.runs and (span := self.runs[-1].ahead) is not None:
+            span.close(self._new_storages(args))
         if self._over():
             self._begin()
         sizes = graph.sizes(args)
         pins = [_reference(a) for a in args]
         arguments = tuple(0 if p is None else p.cdata for p in pins)
         now = Run(graph, self._choose(graph, args, sizes, arguments), sizes, arguments, pins=[p for p in pins if p])
+        looks = self.several and torch.is_grad_enabled() and self.outside.unseen((id(graph), len(self.runs)), sizes)
+        if looks or any(run.ahead is not None for run in self.runs):  # for the way back, then
+            self.outside.open()
         result = now.variant.compiled.run(*args)
-        self._note(now, result)
+        self._note(now, result, looks)
         return result
 
     # ---- what a step is ---------------------------------------------------------------------------------------------
@@ -93,36 +108,87 @@ class WholeStep:
             self.runs = [run for run in self.runs if run.waits is not None and run.waits() is not None]
         return self.backward_ran or not self.runs
 
-    def _note(self, run: Run, result: Any) -> None:
+    def _note(self, run: Run, result: Any, looks: bool) -> None:
         results = result if isinstance(result, (tuple, list)) else (result,)
         references = [_reference(r) for r in results]
         run.results = tuple(0 if r is None else r.cdata for r in references)
         node = next((r.grad_fn for r in results if isinstance(r, torch.Tensor) and r.grad_fn is not None), None)
         if node is None:  # its backward is inside, or it ran without gradients: it leaves nothing for later
+            self._dropped()
             return
 
-        def backward_starts(_: Any) -> None:
+        def backward_starts(tangents: Sequence[Any]) -> None:
             self.backward_ran = self.backward_ran or run in self.runs
+            for span in (run.ahead, run.behind):
+                if span is not None:
+                    span.close(_storages(tangents))
+
+        before = self.runs[-1] if self.runs else None
+
+        def backward_ends(*_: Any) -> None:
+            session = self.outside.session
+            if before is not None and before.ahead is not None and session is not None and session.open:
+                before.behind = Span.opened(session)
 
         node.register_prehook(backward_starts)
-        run.waits = weakref.ref(backward_starts)  # the node alone holds it
+        node.register_hook(backward_ends)
+        run.waits = weakref.ref(backward_starts, lambda _: self._dropped())  # the node alone holds it
+        if looks and any(isinstance(r, torch.Tensor) and r.dim() and r.requires_grad for r in results):
+            run.ahead = Span.opened(self.outside.open())
+        elif looks:  # it returns a loss
+            self.outside.remember((id(run.graph), len(self.runs)), run.sizes, None, None)
         self.runs.append(run)
+
+    # ---- what runs outside of graphs --------------------------------------------------------------------------------
+
+    def _dropped(self) -> None:
+        if all(run.waits is None or run.waits() is None for run in self.runs):
+            self.outside.end()
+
+    def _remember(self, runs: Sequence[Run]) -> None:
+        """Keep what was seen to run after these."""
+        self.outside.end()
+        for position, run in enumerate(runs):
+            if run.ahead is not None:
+                self.outside.remember((id(run.graph), position), run.sizes, run.ahead, run.behind)
+
+    def _gaps(self, runs: Sequence[Run], sizes: Sequence[tuple[int, ...]]) -> list[Gap | None]:
+        """What runs after each of them at these sizes."""
+        return [self.outside.gap((id(run.graph), k), n) for k, (run, n) in enumerate(zip(runs, sizes, strict=True))]
+
+    def _new_storages(self, args: Sequence[Any]) -> dict[int, int]:
+        """Those that no graph of the step has seen yet, by address."""
+        known = {key for run in self.runs for key in (*run.arguments, *run.results)}
+        return _storages([a for a in args if (p := _reference(a)) is not None and p.cdata not in known])
+
+    def _parts(self, runs: Sequence[Run], plans: Sequence[Plan], sizes: Sequence[tuple[int, ...]]) -> list[Part]:
+        """The runs with these plans, and with what runs after each of them."""
+        gaps = self._gaps(runs, sizes)
+        return [run.part(with_gap(plan, gap)) for run, plan, gap in zip(runs, plans, gaps, strict=True)]
 
     def _begin(self) -> None:
         """A new step begins: plan the last one if it was of several graphs and departed from its plan."""
         last, self.runs, self.backward_ran = self.runs, [], False
+        self._remember(last)
         followed = self.joint
         self.several = self.several or len(last) > 1
-        if len(last) < 2:
+        if not last:  # nothing came of it: it says nothing about the plan
+            return
+        if not self.several:
             self.joint = None
             return
         key = tuple(id(run.graph) for run in last)
         made = self.plans.setdefault(key, [])
-        if not made or (followed is None and len(made) < PLANS):
+        if not made or ((followed is None or self._outgrown(last, made[-1])) and len(made) < PLANS):
             made.append(self._plan(last, again=bool(made)))
             if len(made) == PLANS:
                 log.warning("%d plans were made for these %d graphs: the last one stays", PLANS, len(last))
         self.joint = made[-1]
+
+    def _outgrown(self, last: Sequence[Run], plan: Joint) -> bool:
+        """Whether more was seen to run outside of graphs than the plan leaves room for."""
+        now = self._gaps(last, plan.sizes)
+        return any(a is not None and (b is None or a.exceeds(b)) for a, b in zip(now, plan.gaps, strict=True))
 
     # ---- the variant of one run -------------------------------------------------------------------------------------
 
@@ -138,13 +204,14 @@ class WholeStep:
         if plan is not None and position < len(plan.variants):
             variant = plan.variants[position]
             within = all(n <= most for n, most in zip(sizes, plan.sizes[position], strict=False))
-            if variant.owner is graph and within and sum(b for _, b in total) <= plan.held:
+            if variant.owner is graph and within and all(a <= b for a, b in zip(total.extent, plan.held, strict=True)):
                 return variant
         self.joint, self.several = None, True
+        self._remember(self.runs)
         variant = graph.smallest()
-        parts = [run.part() for run in self.runs]
+        parts = self._parts(self.runs, [run.variant.at(run.sizes) for run in self.runs], [r.sizes for r in self.runs])
         if closed:
-            found = self._beside(variant.at(sizes), parts, total, graph)
+            found = self._beside(variant.with_held(sizes, total), parts, total, graph)
         else:
             found = self._composed([*parts, Part(variant.at(sizes), arguments, ())], total, graph)
         if not found.fits:
@@ -158,11 +225,7 @@ class WholeStep:
         if new:
             self.parameters += [weakref.ref(p) for p in new]
             known |= {id(p): p for p in new}
-            self.optimizers = optimizers_of(list(known.values()))
-        elif not self.runs and not self.optimizers and self.looks:
-            self.looks -= 1
-            self.optimizers = optimizers_of(list(known.values()))
-        return held(known.values(), [o for o in (ref() for ref in self.optimizers) if o is not None])
+        return self.watch.held(list(known.values()))
 
     def _composed(self, parts: Sequence[Part], total: Held, graph: Adaptive) -> Plan:
         """The parts as one plan, with no decisions of its own: for its peak, and to say what does not fit."""
@@ -191,7 +254,7 @@ class WholeStep:
             sizes = tuple(run.graph.larger(run.sizes, factor) for run in last)
             try:
                 variants = self._fitted(last, sizes, total)
-                return Joint(variants, sizes, sum(b for _, b in total))
+                return Joint(variants, sizes, tuple(self._gaps(last, sizes)), total.extent)
             except DoesNotFit:
                 if factor == 1:
                     raise
@@ -200,26 +263,25 @@ class WholeStep:
     def _fitted(self, last: Sequence[Run], sizes: Sequence[tuple[int, ...]], total: Held) -> tuple[Variant, ...]:
         partitioner = last[0].graph.partitioner
         budget, inner = partitioner.budget, partitioner.inner
-        least = [run.part(run.graph.smallest().at(n)) for run, n in zip(last, sizes, strict=True)]
+        smallest_plans = [run.graph.smallest().at(n) for run, n in zip(last, sizes, strict=True)]
+        least = self._parts(last, smallest_plans, sizes)
         merged = joint.merge(least, total)
         wanted, smallest = budget.available, self._composed(least, total, last[0].graph)
         for _ in range(ROUNDS):
             plan = make_plan(
                 merged.step, partitioner.policy, Budget(wanted), partitioner.machine, inner=inner, fit=False
             )
-            given = joint.shares(plan, merged, least)
+            given = joint.shares(plan, merged, smallest_plans)
             if inner == "eager":  # what is generated is known beforehand
                 made = [
-                    evaluate(p.plan.step, g, budget, plan.machine, inner, plan.policy)
-                    for p, g in zip(least, given, strict=True)
+                    evaluate(p.step, g, budget, plan.machine, inner, plan.policy)
+                    for p, g in zip(smallest_plans, given, strict=True)
                 ]
-                found = joint.compose(
-                    [replace(p, plan=m) for p, m in zip(least, made, strict=True)], total, merged.step.name
-                )
+                found = joint.compose(self._parts(last, made, sizes), total, merged.step.name)
             if inner != "eager" or found.peak <= budget.available:
                 variants = [run.graph.decided(n, g, plan.policy) for run, n, g in zip(last, sizes, given, strict=True)]
-                parts = [run.part(v.at(n)) for run, v, n in zip(last, variants, sizes, strict=True)]
-                found = joint.compose(parts, total, merged.step.name)
+                made = [v.at(n) for v, n in zip(variants, sizes, strict=True)]
+                found = joint.compose(self._parts(last, made, sizes), total, merged.step.name)
             if found.peak <= budget.available:
                 new = len({id(v) for v in variants} - {id(run.variant) for run in last})
                 self._report(replace(plan, timeline=found, budget=budget), last, new)
@@ -236,7 +298,15 @@ class WholeStep:
     def _report(self, plan: Plan, last: Sequence[Run], compiled: int) -> None:
         torch._dynamo.utils.counters["memplan"]["recompiles"] += compiled
         note = f"{len(last)} graphs were planned as one step, and {compiled} of them compiled again for it"
+        if len(last) == 1:
+            note = f"the graph was planned with what runs outside of it, and {'' if compiled else 'not '}compiled again"
         last[0].graph.report(replace(plan, notes=(*plan.notes, note)))
+
+
+def _storages(values: Sequence[Any]) -> dict[int, int]:
+    """Address -> bytes of the tensors' storages."""
+    found = (v.untyped_storage() for v in values if isinstance(v, torch.Tensor) and _reference(v) is not None)
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 def _reference(value: Any) -> StorageWeakRef | None:

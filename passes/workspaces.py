@@ -22,7 +22,7 @@ from memplan.errors import MemplanError
 from memplan.ir import Machine
 from memplan.passes import costs
 from memplan.passes.calls import Call, name, tensors
-from memplan.runtime.recorder import allocator_profile
+from memplan.runtime.allocator import allocator_profile, interrupt
 
 _MARK = "memplan::workspace::"
 
@@ -62,6 +62,7 @@ def run_alone(calls: Sequence[Call], known: Known | None = None) -> list[Inside]
 
 
 def _measured(calls: Sequence[Call]) -> list[Inside]:
+    interrupt()
     if torch.autograd.profiler._is_profiler_enabled:
         raise MemplanError(
             "a step was planned while a profiler or memplan.record() was running, and planning measures the memory "

@@ -28,16 +28,16 @@ from __future__ import annotations
 import bisect
 import contextlib
 import gc
-import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from memplan.errors import MemplanError
 from memplan.ir import KINDS, Block, Kind, Moment, Timeline
+from memplan.runtime.allocator import FREED, Event, allocator_profile, events, interrupt
 
 
 class Recording:
@@ -67,19 +67,7 @@ def record(device: torch.device | str | None = None) -> Iterator[Recording]:
         yield recording
 
 
-# ---- one form of event for both devices, and the timeline that follows ----------------------------------------------
-
-
-@dataclass(frozen=True)
-class Event:
-    """One allocator event. `bytes` > 0: allocated; < 0: freed; 0: a storage of the base at this address was freed."""
-
-    seconds: float
-    address: int
-    bytes: int
-    name: str
-    phase: str = ""
-    source: str = ""
+# ---- the timeline that follows from events --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -194,21 +182,10 @@ def _storage(tensor: torch.Tensor, device: torch.device) -> tuple[int, torch.Unt
 
 # ---- CPU: torch.profiler --------------------------------------------------------------------------------------------
 
-_FREED = "memplan: freed "
-_BARE = {f"aten::{op}" for op in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")}
-
-
-def allocator_profile() -> torch.profiler.profile:
-    """torch's profiler, reporting what the CPU's allocator does; not started."""
-    # Kineto writes two lines to stderr at every start, at level 5. It looks at the variable once, when it first starts.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    return torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    )
-
 
 @contextlib.contextmanager
 def _cpu(recording: Recording) -> Iterator[None]:
+    interrupt()
     if torch._C._autograd._profiler_enabled():
         raise MemplanError("cannot record here: a profiler or another recording is running; end it first")
     cpu = torch.device("cpu")
@@ -226,50 +203,17 @@ def _cpu(recording: Recording) -> Iterator[None]:
         profile.stop()
         watches.clear()
         after = {address: Resident(kind, s.nbytes()) for address, (kind, s) in _storages(cpu).items()}
-        recording._timeline = build("recorded on cpu", _profiled(profile), before, after)
+        recording._timeline = build("recorded on cpu", events(profile), before, after)
 
 
 def _marker(address: int) -> Any:
-    name = f"{_FREED}{address}"
+    name = f"{FREED}{address}"
 
     def mark(_: Any) -> None:
         with torch._C._profiler._RecordFunctionFast(name):
             pass
 
     return mark
-
-
-def _profiled(profile: torch.profiler.profile) -> list[Event]:
-    """The profiler's allocator events, in order of time; each is named after the op that encloses it."""
-    results = cast(Any, profile.profiler).kineto_results
-    origin = results.trace_start_ns()
-    events: list[tuple[int, Event]] = []
-    todo = [(event, "", "") for event in reversed(results.experimental_event_tree())]
-    while todo:
-        event, name, phase = todo.pop()
-        at = event.start_time_ns
-        fields = event.extra_fields
-        if isinstance(fields, torch._C._profiler._ExtraFields_Allocation):
-            if fields.device.type == "cpu":
-                events.append((at, Event((at - origin) / 1e9, fields.ptr, fields.alloc_size, name or "python", phase)))
-            continue
-        if event.name.startswith(_FREED):
-            address = int(event.name.removeprefix(_FREED))
-            events.append((at, Event((at - origin) / 1e9, address, 0, name or "python", phase)))
-            continue
-        if phase != "backward":
-            phase = _phase(event.name)
-        if not name or event.name not in _BARE:
-            name = event.name.removeprefix("autograd::engine::evaluate_function: ")
-        todo.extend((child, name, phase) for child in reversed(event.children))
-    events.sort(key=lambda e: e[0])
-    return [event for _, event in events]
-
-
-def _phase(name: str) -> str:
-    if name.startswith("autograd::engine::"):
-        return "backward"
-    return "optimizer" if name.startswith("Optimizer.") else "forward"
 
 
 # ---- CUDA: the caching allocator's history --------------------------------------------------------------------------

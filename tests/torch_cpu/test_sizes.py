@@ -11,7 +11,7 @@ from torch import nn
 import memplan
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
-from memplan.ir import Plan
+from memplan.ir import Held, Plan
 from memplan.passes.dispatch import Compiled
 from memplan.passes.eager import compile_planned
 from tests.models import CASES, Rollout, Sample
@@ -144,5 +144,5 @@ def test_the_plan_of_another_length_is_exact(policy, monkeypatch) -> None:
     assert size == 160
     for tokens in (24, 9, 77, 160):
         batch = of_length(sample, tokens)
-        above_base = kept[1].resized(((symbol, tokens - 1),), ()).timeline.peak_above_base
+        above_base = kept[1].resized(((symbol, tokens - 1),), Held()).timeline.peak_above_base
         assert above_base + resident(sample, batch) == total_peak(sample, step, batch), tokens

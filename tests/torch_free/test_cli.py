@@ -50,12 +50,19 @@ def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Calls:
 
 def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
-    code = main(["plan", f"{script}:make_step", "--budget", "24GB", "--machine", "RTX4090", "-o", str(out)])
+    command = ["plan", f"{script}:make_step", "--budget", "24GB", "--machine", "RTX4090"]
+    code = main([*command, "--optimizer", "adamw", "-o", str(out)])
     assert code == 0
     assert capsys.readouterr().out == f"{plan}\n"
-    assert calls == [
-        {"batch": 3, "budget": "24GB", "machine": machine("rtx4090"), "policy": "greedy", "inner": "inductor"}
-    ]
+    (given,) = calls
+    assert given == {
+        "batch": 3,
+        "budget": "24GB",
+        "machine": machine("rtx4090"),
+        "policy": "greedy",
+        "inner": "inductor",
+        "optimizer": "adamw",
+    }
     assert Plan.load(out) == plan
 
 

@@ -141,7 +141,7 @@ def test_options_are_frozen_and_hashable() -> None:
         ({"limits": {"token": 9}}, "did you mean 'tokens'"),
         ({"limits": {"tokens": 0}}, "an int of at least 1"),
         ({"limits": 20480}, "give a dict"),
-        ({"optimizer": None}, "'optimizer' is not built yet"),
+        ({"optimizer": 3}, "'optimizer' is 3"),
         ({"tiles": ()}, "'tiles' is not built yet"),
         ({"policy": 3}, "'policy' is 3"),
         ({"machine": "rtx409"}, "did you mean 'rtx4090'"),

@@ -1,0 +1,161 @@
+"""What an optimizer will hold and what its step allocates, known before its first step.
+
+In: an optimizer. Out: the bytes of its states, and the peak inside `step()` beyond parameters, gradients and states.
+A copy of it, over parameters without data (on meta), takes two steps: the first makes the states. What its ops return
+is counted, as long as it lives; memory inside single ops is not. The optimizer itself is not touched.
+What cannot run without data (a closure, a look at values) is known from the states that are there after the first step.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.optim.optimizer import _default_to_fused_or_foreach
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memplan.errors import MemplanError, did_you_mean
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """`states`: bytes after the first step. `transient`: bytes beside them at the peak of a step, named `name`."""
+
+    states: int
+    transient: int
+    name: str
+
+
+def foresee(optimizer: torch.optim.Optimizer) -> Foreseen:
+    """What `optimizer` will need. Raises MemplanError for one that cannot step without data."""
+    kind = type(optimizer).__name__
+    try:
+        new = _hollow(optimizer)
+        fused = any(group.get("fused") for group in new.param_groups)
+        several = any(group.get("foreach") for group in new.param_groups)
+        for group in new.param_groups:
+            if fused:  # its kernels allocate nothing, and do not run on meta
+                group.update(fused=False, foreach=False)
+        step, peaks = inspect.unwrap(type(new).step), []
+        for _ in range(2):
+            before = states(new)
+            with torch.no_grad(), _Tally([*before, *(t for p in _parameters(new) for t in (p, p.grad))]) as tally:
+                step(new)
+            peaks.append(_bytes(before) + tally.peak)
+    except Exception as e:
+        raise MemplanError(
+            f"{kind} does not step on parameters without data ({type(e).__name__}: {e}), so what it will hold is not "
+            "known ahead: leave option 'optimizer' out, and it counts from the call after its first step"
+        ) from e
+    held = _bytes(states(new))
+    how = " (fused)" if fused else " (foreach; foreach=False or fused=True takes less)" if several else ""
+    return Foreseen(held, 0 if fused else max(0, *(p - held for p in peaks)), f"{kind}.step(){how}")
+
+
+def declared(given: Any, parameters: Sequence[torch.Tensor]) -> Foreseen:
+    """What an optimizer declared ahead needs for these parameters: torch.optim's name of it, or what makes it from
+    parameters, or itself. Raises MemplanError.
+    """
+    if isinstance(given, torch.optim.Optimizer):
+        return foresee(given)
+    hollow = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters if p.requires_grad]
+    if not hollow:
+        return Foreseen(0, 0, "no optimizer")
+    make = torch_optimizer(given) if isinstance(given, str) else given
+    try:
+        made = make(hollow)
+    except Exception as e:
+        raise MemplanError(f"option 'optimizer' cannot be made from the step's parameters: {e}") from e
+    if not isinstance(made, torch.optim.Optimizer):
+        raise MemplanError(f"option 'optimizer' made a {type(made).__name__} from parameters, not an optimizer")
+    device = parameters[0].device.type
+    for group in made.param_groups:
+        if group.get("foreach") is None and not group.get("fused"):
+            group["foreach"] = device == "cuda"
+    return foresee(made)
+
+
+def torch_optimizer(name: str) -> Make:
+    """The class of torch.optim with this name, in any case. Raises MemplanError."""
+    known = {
+        n.lower(): c
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and c is not torch.optim.Optimizer
+    }
+    if name.lower() not in known:
+        raise MemplanError(
+            f"option 'optimizer' is {name!r}, and torch.optim has no such class{did_you_mean(name.lower(), known)}: "
+            "give one of its names, or the optimizer, or a function that makes it from parameters"
+        )
+    return known[name.lower()]
+
+
+def optimizers_of(parameters: Iterable[torch.Tensor]) -> list[weakref.ref[torch.optim.Optimizer]]:
+    """The optimizers of this process that any of the parameters belongs to."""
+    wanted = {id(p) for p in parameters}
+    alive = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    return [weakref.ref(o) for o in alive if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
+
+
+def _hollow(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy without states, hooks and data."""
+    memo: dict[int, Any] = {id(optimizer.state): collections.defaultdict(dict)}
+    for p in _parameters(optimizer):
+        fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+        memo[id(p)] = torch.nn.Parameter(fake, p.requires_grad)
+        memo[id(p)].grad = torch.empty_like(fake) if p.requires_grad else None
+    new = copy.deepcopy(optimizer, memo)
+    for group, old in zip(new.param_groups, optimizer.param_groups, strict=True):
+        if group.get("foreach") is None and "foreach" in group and not group.get("fused"):
+            group["foreach"] = _default_to_fused_or_foreach(old["params"], False, False)[1]
+    return new
+
+
+class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that ops make, as long as they live."""
+
+    def __init__(self, there: Iterable[torch.Tensor | None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {t.untyped_storage()._cdata for t in there if t is not None}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.total += size
+        self.peak = max(self.peak, self.total)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.total -= size
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors among an optimizer's states."""
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)

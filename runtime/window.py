@@ -1,0 +1,130 @@
+"""Bytes that Python allocates between two graphs, measured once.
+
+In: marks, where a graph has ended and where the next one starts. Out: for what lies between two of them, the peak
+beside what was there, and what is left of it.
+On the CPU the allocator's events come from torch's profiler. A process can have one, so it is given up to whatever else
+needs it, and to Dynamo when that starts to compile. Started before backward, it can only be stopped after: places in
+between are marked, and torch.autograd.backward is wrapped while it runs. On CUDA the caching allocator's counters are
+read at each mark, and not reset.
+What must hold: bytes are never too few. Frees of what was there when the session began are not seen on the CPU; a peak
+on CUDA that is below an earlier one is not known, and what is left stands for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._dynamo.callback import callback_handler
+
+from memplan.runtime.allocator import Event, allocator_profile, events, gives_way, interrupt, mark
+
+
+class Session:
+    """Measures from its start to `end`. `taken`: for each mark, address -> bytes of what is counted elsewhere."""
+
+    def __init__(self) -> None:
+        self.taken: list[Mapping[int, int]] = []
+        self.counters: list[tuple[int, int]] = []  # CUDA: allocated and its maximum, at each mark
+        self.events: list[Event] = []
+        self.profile: Any = None
+        interrupt()
+        self.cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if not self.cuda and not torch._C._autograd._profiler_enabled():
+            self.profile = allocator_profile()
+            self.profile.start()
+        backward = torch.autograd.backward
+
+        def then_end(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return backward(*args, **kwargs)
+            finally:
+                self.end()
+
+        self.patch = mock.patch.object(torch.autograd, "backward", then_end)
+        self.patch.start()
+        callback_handler.register_start_callback(self.end)
+        gives_way.append(self.end)
+
+    @property
+    def open(self) -> bool:
+        return self.end in gives_way
+
+    def mark(self, taken: Mapping[int, int]) -> int:
+        """The number of a new mark."""
+        self.taken.append(taken)
+        if self.cuda:
+            self.counters.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+        else:
+            mark(len(self.taken) - 1)
+        return len(self.taken) - 1
+
+    def end(self, _: Any = None) -> None:
+        """Stop measuring, if that has not been done; inside a backward: not before it returns."""
+        if not self.open or torch._C._current_graph_task_id() != -1:
+            return
+        self.mark({})
+        self.patch.stop()
+        gives_way.remove(self.end)
+        with contextlib.suppress(ValueError):  # torch._dynamo.reset() has removed it
+            callback_handler.remove_start_callback(self.end)
+        if self.profile is not None:
+            self.profile.stop()
+            self.events = events(self.profile)
+            self.profile = None
+
+    def between(self, start: int, stop: int) -> tuple[int, int]:
+        """The peak between two marks, and what is left at the second. The session must have ended."""
+        taken = self.taken[stop]
+        if self.cuda:
+            (before, highest), (after, risen) = self.counters[start], self.counters[stop]
+            left = max(0, after - before)
+            return (risen - before if risen > highest else left), max(0, left - sum(taken.values()))
+        alive: dict[int, tuple[int, bool]] = {}  # address -> bytes, and whether it is new
+        total = peak = 0
+        inside = False
+        for event in self.events:
+            inside = event.mark == start or (inside and event.mark != stop)
+            size, _ = alive.pop(event.address, (0, False))
+            total -= size
+            if event.bytes > 0:
+                alive[event.address] = event.bytes, inside
+                total += event.bytes
+            if event.mark == start:
+                before = total
+            if event.mark == stop:
+                break
+            peak = max(peak, total - before) if inside else peak
+        return peak, sum(size for address, (size, new) in alive.items() if new and address not in taken)
+
+
+@dataclass
+class Span:
+    """What lies between two marks of a session."""
+
+    session: Session
+    start: int
+    stop: int | None = None
+
+    @staticmethod
+    def opened(session: Session) -> Span:
+        return Span(session, session.mark({}))
+
+    def close(self, taken: Mapping[int, int]) -> None:
+        """It ends here, where it has not ended and its session is still open."""
+        if self.stop is None and self.session.open:
+            self.stop = self.session.mark(taken)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was measured up to its end."""
+        return self.stop is not None and (self.session.cuda or bool(self.session.events))
+
+    def measured(self) -> tuple[int, int]:
+        """Its peak and what is left. The session must have ended."""
+        last = len(self.session.taken) - 1
+        return self.session.between(self.start, last if self.stop is None else self.stop)

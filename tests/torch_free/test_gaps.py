@@ -1,0 +1,48 @@
+"""A gap in a plan's timeline is the gap in its Step: policies see what is then counted."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan.errors import MemplanError
+from memplan.ir import Budget, Gap, Step
+from memplan.passes import policies
+from memplan.passes.gaps import with_gap
+from memplan.passes.pipeline import evaluate
+from memplan.passes.schedule import moved_ahead, saved_by
+from tests.torch_free.random_steps import MACHINE, steps
+
+SIZES = st.integers(0, 300)
+BUILT_IN = ("save-all", "block-checkpoint", "sqrt-n", "greedy")
+
+
+def gaps() -> st.SearchStrategy[Gap]:
+    return st.builds(lambda a, b, c, d: Gap("outside", max(a, b), b, max(c, d), d), SIZES, SIZES, SIZES, SIZES)
+
+
+@given(step=steps(), gap=gaps(), policy=st.sampled_from(BUILT_IN))
+def test_the_timeline_is_that_of_the_step(step: Step, gap: Gap, policy: str) -> None:
+    decisions = policies.find(policy)(step, Budget(0), MACHINE)
+    try:
+        plan = evaluate(step, decisions, Budget(0), MACHINE, "eager", policy)
+    except MemplanError:
+        return  # no plan for this step at all
+    if not plan.backward or moved_ahead(step, saved_by(step, decisions)):
+        return  # what is moved into forward may come after the gap there
+    counted = with_gap(plan, gap)
+    simulated = evaluate(counted.step, decisions, Budget(0), MACHINE, "eager", policy)
+    first = len(plan.forward)
+    tangents = sum(step.tensors[t].bytes for t in step.backward.inputs)  # which the gap computes
+    expected = list(counted.timeline.totals)
+    expected[first + 1] += tangents
+    assert expected == list(simulated.timeline.totals), (expected, simulated.timeline.totals)
+    assert len(counted.timeline.moments) == len(plan.timeline.moments) + 2
+
+
+@given(step=steps(), gap=gaps(), policy=st.sampled_from(BUILT_IN))
+def test_policies_keep_what_is_kept(step: Step, gap: Gap, policy: str) -> None:
+    plan = evaluate(step, {}, Budget(0), MACHINE, "eager", "save-all")
+    step = with_gap(plan, gap).step
+    found = evaluate(step, policies.find(policy)(step, Budget(0), MACHINE), Budget(0), MACHINE, "eager", policy)
+    kept = next(t for t, tensor in enumerate(step.tensors) if tensor.name == "outside, kept")
+    assert kept in found.saved
+    assert any(run.op == next(i for i, op in enumerate(step.ops) if op.name == "outside") for run in found.forward)
