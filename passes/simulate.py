@@ -40,7 +40,7 @@ def followed(timeline: Timeline, held: Held) -> Timeline:
     for gap in held.gaps:
         end = len(timeline.moments)
         blocks = [
-            replace(b, end=end + (b.end == end and not (added and b.kind == "gradient"))) for b in timeline.blocks
+            replace(b, end=b.end + (b.end == end and not (added and b.kind == "gradient"))) for b in timeline.blocks
         ]
         blocks.append(Block(gap.name, gap.bytes, "temporary", end, end + 1))
         moments = (*timeline.moments, Moment(gap.name, timeline.seconds, "optimizer"))

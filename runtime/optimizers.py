@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.optim.optimizer import _default_to_fused_or_foreach
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.errors import MemplanError, did_you_mean
+from memplan.runtime.tally import Tally
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -49,7 +48,7 @@ def foresee(optimizer: torch.optim.Optimizer) -> Foreseen:
         step, peaks = inspect.unwrap(type(new).step), []
         for _ in range(2):
             before = states(new)
-            with torch.no_grad(), _Tally([*before, *(t for p in _parameters(new) for t in (p, p.grad))]) as tally:
+            with torch.no_grad(), Tally([*before, *(t for p in _parameters(new) for t in (p, p.grad))]) as tally:
                 step(new)
             peaks.append(_bytes(before) + tally.peak)
     except Exception as e:
@@ -68,6 +67,10 @@ def declared(given: Any, parameters: Sequence[torch.Tensor]) -> Foreseen:
     """
     if isinstance(given, torch.optim.Optimizer):
         return foresee(given)
+    if hasattr(given, "param_groups"):
+        raise MemplanError(
+            f"option 'optimizer' is a {type(given).__name__}, which is around an optimizer: give the one inside it"
+        )
     hollow = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters if p.requires_grad]
     if not hollow:
         return Foreseen(0, 0, "no optimizer")
@@ -119,33 +122,6 @@ def _hollow(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if group.get("foreach") is None and "foreach" in group and not group.get("fused"):
             group["foreach"] = _default_to_fused_or_foreach(old["params"], False, False)[1]
     return new
-
-
-class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that ops make, as long as they live."""
-
-    def __init__(self, there: Iterable[torch.Tensor | None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.known = {t.untyped_storage()._cdata for t in there if t is not None}
-        self.total = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.total += size
-        self.peak = max(self.peak, self.total)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.total -= size
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -4,8 +4,8 @@ In: marks, where a graph has ended and where the next one starts. Out: for what 
 beside what was there, and what is left of it.
 On the CPU the allocator's events come from torch's profiler. A process can have one, so it is given up to whatever else
 needs it, and to Dynamo when that starts to compile. Started before backward, it can only be stopped after: places in
-between are marked, and torch.autograd.backward is wrapped while it runs. On CUDA the caching allocator's counters are
-read at each mark, and not reset.
+between are marked, and what starts a backward, or another profiler, is wrapped while it runs. On CUDA the caching
+allocator's counters are read at each mark, and not reset.
 What must hold: bytes are never too few. Frees of what was there when the session began are not seen on the CPU; a peak
 on CUDA that is below an earlier one is not known, and what is left stands for it.
 """
@@ -13,15 +13,29 @@ on CUDA that is below an earlier one is not known, and what is left stands for i
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._dynamo.callback import callback_handler
 
 from memplan.runtime.allocator import Event, allocator_profile, events, gives_way, interrupt, mark
+
+# What ends a session: after a backward, and before another profiler starts.
+_PLACES = (
+    (torch.autograd, "backward", True),
+    (torch.autograd, "grad", True),
+    (torch.profiler.profile, "start", False),
+    (torch.autograd.profiler.profile, "__enter__", False),
+)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Session:
@@ -37,16 +51,8 @@ class Session:
         if not self.cuda and not torch._C._autograd._profiler_enabled():
             self.profile = allocator_profile()
             self.profile.start()
-        backward = torch.autograd.backward
-
-        def then_end(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return backward(*args, **kwargs)
-            finally:
-                self.end()
-
-        self.patch = mock.patch.object(torch.autograd, "backward", then_end)
-        self.patch.start()
+        self.thread = threading.get_ident()  # a profile can only be stopped where it was started
+        self.patches = [self._wrapped(*place) for place in _PLACES]
         callback_handler.register_start_callback(self.end)
         gives_way.append(self.end)
 
@@ -64,11 +70,13 @@ class Session:
         return len(self.taken) - 1
 
     def end(self, _: Any = None) -> None:
-        """Stop measuring, if that has not been done; inside a backward: not before it returns."""
-        if not self.open or torch._C._current_graph_task_id() != -1:
+        """Stop measuring, if that has not been done; not inside a backward, and not from another thread."""
+        if not self.open or in_backward() or threading.get_ident() != self.thread:
             return
         self.mark({})
-        self.patch.stop()
+        for owner, name, original, ours in self.patches:
+            if vars(owner)[name] is ours:  # and not what somebody has put over it
+                setattr(owner, name, original)
         gives_way.remove(self.end)
         with contextlib.suppress(ValueError):  # torch._dynamo.reset() has removed it
             callback_handler.remove_start_callback(self.end)
@@ -76,6 +84,22 @@ class Session:
             self.profile.stop()
             self.events = events(self.profile)
             self.profile = None
+
+    def _wrapped(self, owner: Any, name: str, after: bool) -> tuple[Any, str, Any, Any]:
+        """Put a function that ends the session in the place of one, and say what is where."""
+        original = vars(owner)[name]
+
+        @functools.wraps(original)
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            if not after:
+                self.end()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.end()
+
+        setattr(owner, name, ours)
+        return owner, name, original, ours
 
     def between(self, start: int, stop: int) -> tuple[int, int]:
         """The peak between two marks, and what is left at the second. The session must have ended."""

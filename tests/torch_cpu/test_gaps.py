@@ -3,6 +3,7 @@ second call on.
 """
 
 import gc
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -161,3 +162,72 @@ def test_lengths(made) -> None:
         net.zero_grad()
     assert peak_of(CASES[Head], model, net, rows()) <= budget + LABELS.nbytes
     assert len(made) <= 6
+
+
+def clean() -> bool:
+    """Nothing of a measurement is left."""
+    return not torch._C._autograd._profiler_enabled() and not torch.autograd.profiler._is_profiler_enabled and (
+        torch.autograd.backward.__module__ == "torch.autograd" and not hasattr(torch.autograd.backward, "__wrapped__")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_it(reentrant: bool) -> None:
+    """Backward runs the forward graph again, and must see what it saw."""
+    results = []
+    for backend, options in (("aot_eager", {}), (memplan_backend, {"options": {"inner": "eager"}})):
+        torch._dynamo.reset()
+        net = Head()
+        model = torch.compile(net, backend=backend, **options)
+        for _ in range(3):
+            net.zero_grad()
+            x = rows().requires_grad_()
+            logits = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+            nn.functional.cross_entropy(logits, LABELS).backward()
+            assert clean()
+        results.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_backward_by_other_ways() -> None:
+    net, x = Head(), rows()
+    model = torch.compile(net, backend=memplan_backend, options={"inner": "eager"})
+    loss = CASES[Head](model, x)
+    torch.autograd.grad(loss, list(net.parameters()))
+    assert clean()
+    loss = CASES[Head](model, x)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    for _ in range(2):  # what another thread could not end, the next call does
+        CASES[Head](model, x).backward()
+    assert clean()
+
+
+def test_the_users_profiler_sees_what_it_should() -> None:
+    net, x = Head(), rows()
+    model = torch.compile(net, backend=memplan_backend, options={"inner": "eager"})
+    loss = CASES[Head](model, x)
+    with torch.profiler.profile() as seen:
+        loss.backward()
+    assert any("mm" in event.name for event in seen.events())
+    assert clean()
+
+
+def test_the_users_own_backward_stays() -> None:
+    net, x = Head(), rows()
+    model = torch.compile(net, backend=memplan_backend, options={"inner": "eager"})
+    loss = CASES[Head](model, x)
+    before, calls = torch.autograd.backward, []
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return before(*args, **kwargs)
+
+    torch.autograd.backward = own
+    try:
+        loss.backward()
+        assert calls and torch.autograd.backward is own
+    finally:
+        torch.autograd.backward = before.__wrapped__
+    assert clean()

@@ -4,11 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.errors import MemplanError
-from memplan.ir import Budget, Gap, Step
+from memplan.ir import Block, Budget, Gap, Held, Moment, Step, Timeline
 from memplan.passes import policies
 from memplan.passes.gaps import with_gap
 from memplan.passes.pipeline import evaluate
 from memplan.passes.schedule import moved_ahead, saved_by
+from memplan.passes.simulate import followed
 from tests.torch_free.random_steps import MACHINE, steps
 
 SIZES = st.integers(0, 300)
@@ -46,3 +47,15 @@ def test_policies_keep_what_is_kept(step: Step, gap: Gap, policy: str) -> None:
     kept = next(t for t, tensor in enumerate(step.tensors) if tensor.name == "outside, kept")
     assert kept in found.saved
     assert any(run.op == next(i for i, op in enumerate(step.ops) if op.name == "outside") for run in found.forward)
+
+
+def test_what_follows_a_step_is_beside_its_results_alone() -> None:
+    blocks = (
+        Block("activation", 100, "activation", 0, 2),
+        Block("gradient", 10, "gradient", 2, 3),
+        Block("result", 1, "temporary", 0, 3),
+    )
+    timeline = Timeline("step", "predicted", tuple(Moment(str(i), i) for i in range(3)), blocks)
+    gaps = (Gap("AdamW.step()", 50),)
+    assert followed(timeline, Held((), gaps)).totals == (101, 101, 11, 61)
+    assert followed(timeline, Held((("gradient", 10),), gaps)).totals == (101, 101, 11, 51)
