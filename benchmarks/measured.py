@@ -68,8 +68,8 @@ def refusal(sample: Sample, **options: Any) -> memplan.DoesNotFit | None:
     return None
 
 
-def smallest_budget(sample: Sample, inner: str) -> int:
+def smallest_budget(sample: Sample, inner: str, **options: Any) -> int:
     """The smallest budget that fits, as the refusal of one byte names it."""
-    refused = refusal(sample, budget=1, inner=inner)
+    refused = refusal(sample, budget=1, inner=inner, **options)
     assert refused is not None, "one byte was enough"
     return refused.smallest

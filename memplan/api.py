@@ -19,6 +19,7 @@ def plan(
     policy: Any = "greedy",
     inner: str = "inductor",
     optimizer: Any = None,
+    tiles: int | str | None = None,
 ) -> Plan:
     """The plan for `step(*batch)` inside `budget`, made on fake tensors.
 
@@ -28,6 +29,7 @@ def plan(
         learn the memory inside it. For another machine nothing is run at all.
     optimizer: what will update the parameters: "adamw", or a function that makes it from parameters, or itself; None:
         the one that has them by now. Its states count, and what its step takes.
+    tiles: the most rows of a slice, for every region that can run in slices, or "auto"; None: no slices.
     inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
@@ -37,7 +39,14 @@ def plan(
     from memplan.passes.pipeline import make_plan
     from memplan.passes.trace import trace
 
-    given = {"budget": budget, "machine": machine, "policy": policy, "inner": inner, "optimizer": optimizer}
+    given = {
+        "budget": budget,
+        "machine": machine,
+        "policy": policy,
+        "inner": inner,
+        "optimizer": optimizer,
+        "tiles": tiles,
+    }
     options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
     target = options.machine or this_machine("cpu")
     allowed = read_budget(options.budget, target)
@@ -48,6 +57,7 @@ def plan(
         inner=options.inner,
         on_plan=lambda *_: None,
         measure=options.machine is None,
+        tiles=options.tiles,
     )
     traced = trace(step, batch, partitioner, options.optimizer)
     return make_plan(traced, options.policy, allowed, target, inner=options.inner)

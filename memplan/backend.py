@@ -51,6 +51,7 @@ def memplan_backend(
         on_plan=lambda *_: None,
         names=tensor_names(graph),
         notes=tuple(_limits(graph)),
+        tiles=read.tiles,
     )
     step = whole_step(compile_call(), read.optimizer)
     if step is not None:
@@ -107,7 +108,7 @@ def _report(plan: Plan, options: Options) -> None:
     log.info("%s", plan)
     for note in plan.notes:
         log.info("%s", note)
-    for note in plan.step.notes:  # what the plan cannot promise
-        log.warning("%s", note)
+    for note in plan.step.notes:  # what the plan cannot promise, but for what was tiled
+        log.log(logging.INFO if note.startswith("tiled") else logging.WARNING, "%s", note)
     if options.out is not None:
         plan.save(options.out)

@@ -34,7 +34,9 @@ def plan(arguments: argparse.Namespace) -> int:
 
     FILE.py:make_step names a function without arguments that returns (step, batch).
     """
-    given = {name: getattr(arguments, name) for name in ("budget", "machine", "policy", "inner", "out", "optimizer")}
+    given = {
+        name: getattr(arguments, name) for name in ("budget", "machine", "policy", "inner", "out", "optimizer", "tiles")
+    }
     options = Options.read(given)
     if options.out:
         report.check_path(Plan, options.out)  # planning may take a minute
@@ -48,6 +50,7 @@ def plan(arguments: argparse.Namespace) -> int:
             policy=options.policy,
             inner=options.inner,
             optimizer=options.optimizer,
+            tiles=options.tiles,
         )
     print(serialize.to_json(made) if arguments.json else made)
     if options.out:
@@ -106,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
     command.add_argument("--inner", choices=("inductor", "eager"), help="what will run the graphs; default inductor")
     command.add_argument("--optimizer", help="torch.optim's name of it, such as adamw: its states and its step count")
+    command.add_argument("--tiles", type=_rows, help='the most rows of a slice, or "auto"; default: no slices')
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
 
@@ -117,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
     return parser
+
+
+def _rows(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def _make_step(target: str) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from memplan.units import parse_bytes as parse_bytes
 FRAGMENTATION_RESERVE = 0.02
 
 _ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
-_NOT_BUILT = ("host_budget", "tiles")
+_NOT_BUILT = ("host_budget",)
 _TAKEN = ("custom_partitioner_fn", "joint_custom_post_pass")  # of Inductor's config
 _LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 
@@ -39,6 +39,8 @@ class Options:
     `out`: the file to which the plan is saved, .json or .png.
     `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
     it, or a function that makes it from parameters, or itself.
+    `tiles`: the most rows of a slice, for every region that can run in slices; "auto": as the fastest plan that fits
+    has it; None: no slices.
     `limits`: the largest sizes to come, {"batch": 8, "tokens": 20480}, for which a step of varying sizes is planned.
     """
 
@@ -50,6 +52,7 @@ class Options:
     out: str | None = None
     limits: tuple[tuple[str, int], ...] = ()
     optimizer: Any = None
+    tiles: int | Literal["auto"] | None = None
 
     @staticmethod
     def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
@@ -78,6 +81,14 @@ class Options:
             raise MemplanError(
                 f"option 'optimizer' is {optimizer!r}: give torch.optim's name of it, the optimizer itself, or a "
                 "function that makes it from parameters"
+            )
+        tiles = values.get("tiles")
+        if not (
+            tiles is None or tiles == "auto" or (isinstance(tiles, int) and not isinstance(tiles, bool) and tiles > 1)
+        ):
+            raise MemplanError(
+                f"option 'tiles' is {tiles!r}: give the most rows of a slice, an int of at least 2 (a slice of one row "
+                "would take other kernels), or 'auto'; leave it out for no slices"
             )
         inner = values.get("inner", "inductor")
         if inner not in ("inductor", "eager"):

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memplan.ir import Fusion
 from memplan.passes.calls import Call, name, tensors
+from memplan.runtime import tiled
 
 # fmt: off
 _REDUCTIONS = frozenset([
@@ -41,6 +42,9 @@ def flops(call: Call) -> int:
     packet = getattr(call.target, "overloadpacket", None)
     if packet in flop_registry:
         return int(flop_registry[packet](*call.args, **call.kwargs, out_val=call.result))
+    if call.target is tiled.OP:
+        part = tiled.one_slice(*call.args)
+        return part.count * sum(flops(Call(*made)) for made in part.calls)
     if target == "_grouped_mm":
         return 2 * _numel(results[:1]) * tensors(call.args)[0].shape[-1]
     return _numel(results)
@@ -59,6 +63,9 @@ def _numel(values: Sequence[torch.Tensor]) -> int:
 
 def traffic(call: Call) -> int:
     """Bytes read and written; embedding and gather read what they return, not their whole table."""
+    if call.target is tiled.OP:
+        part = tiled.one_slice(*call.args)
+        return part.count * sum(traffic(Call(*made)) for made in part.calls)
     results = tensors(call.result)
     inputs = tensors((call.args, call.kwargs))
     if name(call.target) in ("embedding", "gather", "index", "index_select"):

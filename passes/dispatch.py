@@ -207,7 +207,12 @@ class Adaptive:
         key = tuple(sorted((t, type(d).__name__) for t, d in decisions.items()))
         if key not in self.by_decisions:
             partitioner = replace(
-                self.partitioner, policy=Chosen(policy, decisions), sizes=self.given(sizes), held=Held(), fit=False
+                self.partitioner,
+                policy=Chosen(policy, decisions),
+                sizes=self.given(sizes),
+                held=Held(),
+                fit=False,
+                decided=True,
             )
             with self._compiling():
                 compiled = self.compiler(self.graph, self.fakes, partitioner)

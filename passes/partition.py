@@ -10,13 +10,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 from torch._guards import TracingContext
 
 from memplan.ir import Budget, Held, Machine, Plan, Step
-from memplan.passes import capture, workspaces
+from memplan.passes import capture, tile, workspaces
 from memplan.passes.calls import Call
 from memplan.passes.one_graph import rewrite
 from memplan.passes.phases import hoist
@@ -24,7 +24,11 @@ from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
 from memplan.passes.torch_policies import saved_sets
+from memplan.runtime import tiled
 
+ROWS = (512, 256, 128)  # of a slice: what "auto" looks at
+
+Tiling = tuple[int, bool]  # rows of a slice, 0: none; and whether only the region with the widest results is tiled
 SizesGiven = tuple[tuple[str, int], ...]  # size symbol -> value
 Resized = Callable[[SizesGiven, Held], Plan]  # the plan of the same decisions at other sizes, with more or less held
 
@@ -48,6 +52,9 @@ class Partitioner:
     several: bool = False  # other graphs run in the same step
     parameters: frozenset[int] = frozenset()  # which arguments are parameters
     known: workspaces.Known = field(default_factory=dict, compare=False, repr=False)  # memory inside ops, as measured
+    tiles: int | Literal["auto"] | None = None  # rows of a slice, for all regions; None: no slices
+    tilings: list[Tiling] = field(default_factory=list, compare=False, repr=False)  # of the smallest plans
+    decided: bool = False  # the policy repeats decisions made for the smallest plan's graph
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(
@@ -61,7 +68,43 @@ class Partitioner:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         capture.prepare(joint)
         given = num_fwd_outputs, tuple(static_lifetime_input_indices or ()), mutated_inputs()
+        joint = self.tiled(joint, *given)
         return split(joint, self._planned(lambda by: by.step(joint, *given)), num_fwd_outputs)
+
+    def tiled(
+        self, joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int], mutated: Collection[int]
+    ) -> fx.GraphModule:
+        """A prepared joint graph, tiled as option `tiles` says: its regions in slices of so many rows, or, "auto", as
+        the fastest plan that fits has it.
+        """
+        if self.tiles is None:
+            return joint
+        if self.tiles != "auto":
+            return _tiled(joint, num_fwd_outputs, (self.tiles, False))
+        if self.decided:  # for the graph as it was then
+            return _tiled(joint, num_fwd_outputs, self.tilings[0])
+        found = []
+        for tiling in ((0, False), *((rows, widest) for widest in (True, False) for rows in ROWS)):
+            module = _tiled(joint, num_fwd_outputs, tiling)
+            plan = self._made(self.step(module, num_fwd_outputs, parameters, mutated), fit=False)
+            by_time = plan.fits and not self.smallest
+            found.append((not plan.fits, plan.timeline.seconds if by_time else float(plan.peak), tiling, module))
+        *_, tiling, module = min(found, key=lambda f: f[:2])
+        if self.smallest:
+            self.tilings.append(tiling)
+        return module
+
+    def _made(self, step: Step, *, fit: bool) -> Plan:
+        return make_plan(
+            step,
+            self.policy,
+            self.budget,
+            self.machine,
+            inner=self.inner,
+            fit=fit,
+            smallest=self.smallest,
+            several=self.several,
+        )
 
     def whole(self, graph: fx.GraphModule) -> None:
         """Plan a graph with its backward inside, and put the planned one in its place."""
@@ -73,16 +116,7 @@ class Partitioner:
         rewrite(graph, alone._planned(lambda by: by.whole_step(original)))
 
     def _planned(self, step_of: Callable[[Partitioner], Step]) -> Plan:
-        plan = make_plan(
-            step_of(self),
-            self.policy,
-            self.budget,
-            self.machine,
-            inner=self.inner,
-            fit=self.fit,
-            smallest=self.smallest,
-            several=self.several,
-        )
+        plan = self._made(step_of(self), fit=self.fit)
 
         def resized(sizes: SizesGiven, held: Held) -> Plan:
             step = step_of(dataclasses.replace(self, sizes=sizes, held=held))
@@ -103,7 +137,10 @@ class Partitioner:
             title=self.title,
             sizes=self.sizes,
         )
-        return dataclasses.replace(step, held=self.held, notes=(*self.notes, *self.held.notes, *step.notes))
+        notes = (*self.notes, *self.held.notes, *step.notes)
+        if self.tiles is not None:
+            notes = (*notes, "not tiled: its backward is inside the graph, where no region is looked for yet")
+        return dataclasses.replace(step, held=self.held, notes=notes)
 
     def step(
         self,
@@ -125,7 +162,7 @@ class Partitioner:
             sizes=self.sizes,
         )
         saved = saved_sets(joint, step, num_fwd_outputs, parameters, self.policy)
-        notes = (*self.notes, *self.held.notes, *step.notes)
+        notes = (*self.notes, *self.held.notes, *joint.meta.get(tile.NOTES, ()), *step.notes)
         return dataclasses.replace(step, held=self.held, saved_by=saved, notes=notes)
 
     def _workspaces(self, calls: Sequence[Call]) -> list[workspaces.Inside]:
@@ -138,6 +175,17 @@ class Partitioner:
             workspaces.Inside(0 if "convolution" in str(call.target) else size)
             for call, size in zip(calls, workspaces.measure(calls, self.known), strict=True)
         ]
+
+
+def _tiled(joint: fx.GraphModule, num_fwd_outputs: int, tiling: Tiling) -> fx.GraphModule:
+    """A tiled copy of a joint graph; its notes say what was tiled."""
+    rows, widest = tiling
+    module = copied(joint)
+    notes = tile.tile_all(module, num_fwd_outputs, rows, widest=widest) if rows else ()
+    if not any(n.target is tiled.OP for n in module.graph.nodes):
+        module = copied(joint)  # untouched
+    module.meta[tile.NOTES] = notes
+    return module
 
 
 def mutated_inputs() -> frozenset[int]:

@@ -327,10 +327,9 @@ def _random(use: _Use) -> Layout | End | None:
 
 
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+CONTRACTIONS = {"mm": "ik,kj->ij", "addmm": ",ik,kj->ij", "bmm": "bik,bkj->bij"}  # labels of dimensions, as einsum's
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("mm",), _contraction("ik,kj->ij")),
-    "addmm": _contraction(",ik,kj->ij"),
-    "bmm": _contraction("bik,bkj->bij"),
+    **{op: _contraction(terms) for op, terms in CONTRACTIONS.items()},
     **dict.fromkeys(("sum",), _reduction("reduces", "sums over")),
     "mean": _reduction("reduces", "averages over"),
     **{

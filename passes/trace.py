@@ -91,7 +91,8 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
 
     def stop(joint: fx.GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any) -> NoReturn:
         capture.prepare(joint)
-        raise _Traced(partitioner.step(joint, num_fwd_outputs, range(len(fakes)), mutated_inputs()))
+        given = num_fwd_outputs, range(len(fakes)), mutated_inputs()
+        raise _Traced(partitioner.step(partitioner.tiled(joint, *given), *given))
 
     inner = partitioner.inner
     with _as_compiled(), mode, fx_traceback.preserve_node_meta():

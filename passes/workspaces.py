@@ -22,6 +22,7 @@ from memplan.errors import MemplanError
 from memplan.ir import Machine
 from memplan.passes import costs
 from memplan.passes.calls import Call, name, tensors
+from memplan.runtime import tiled
 from memplan.runtime.allocator import allocator_profile, interrupt
 
 _MARK = "memplan::workspace::"
@@ -82,14 +83,16 @@ def _fake_bytes(call: Call) -> int:
 
 
 def by_rule(call: Call, machine: Machine) -> int:
-    """The machine's table: a multiple of the op's first output."""
+    """The machine's table: a multiple of the op's first output. Of a loop over slices, what one slice holds."""
+    if call.target is tiled.OP:
+        return tiled.one_slice(*call.args).peak
     factor = dict(machine.workspace_rules).get(str(call.target))
     results = tensors(call.result)
     return int(factor * costs.nbytes(results[0])) if factor and results else 0
 
 
 def _runnable(call: Call) -> bool:
-    if not isinstance(call.target, torch._ops.OpOverload) or call.target.namespace not in ("aten", "prims"):
+    if not isinstance(call.target, torch._ops.OpOverload) or call.target.namespace not in ("aten", "prims", "memplan"):
         return False
     inputs = tensors((call.args, call.kwargs))
     return all(t.device.type == "cpu" and t.layout is torch.strided for t in inputs)

@@ -233,7 +233,7 @@ def joint_graph(case: Case, inner: str, dtype: torch.dtype) -> tuple[fx.GraphMod
         raise Stop
 
     def given(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        real.extend(t.detach().clone() if isinstance(t, torch.Tensor) else t for t in inputs)
+        real[:] = (t.detach().clone() if isinstance(t, torch.Tensor) else t for t in inputs)
         table = select_decomp_table() if inner == "inductor" else {}
         return aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition, decompositions=table)(
             graph, inputs

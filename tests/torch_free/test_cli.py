@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Calls:
 def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     command = ["plan", f"{script}:make_step", "--budget", "24GB", "--machine", "RTX4090"]
-    code = main([*command, "--optimizer", "adamw", "-o", str(out)])
+    code = main([*command, "--optimizer", "adamw", "--tiles", "256", "-o", str(out)])
     assert code == 0
     assert capsys.readouterr().out == f"{plan}\n"
     (given,) = calls
@@ -62,6 +62,7 @@ def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pyt
         "policy": "greedy",
         "inner": "inductor",
         "optimizer": "adamw",
+        "tiles": 256,
     }
     assert Plan.load(out) == plan
 

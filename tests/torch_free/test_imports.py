@@ -60,6 +60,8 @@ TORCH_FREE = (
     "memplan.passes.check",
     "memplan.passes.schedule",
     "memplan.passes.blocks",
+    "memplan.passes.joint",
+    "memplan.passes.gaps",
     "memplan.runtime",
 )
 

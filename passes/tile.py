@@ -1,0 +1,268 @@
+"""A region that keeps rows apart -> a loop over slices of its rows, so that what is in it never exists whole.
+
+Before: a joint graph, and a node [sequences, tokens, width] from which a region grows (row_locality.py). After: its
+widest part is two calls of memplan::tiled, one in forward and one in backward, which computes again what it needs of
+forward. What is wide is in them; what is narrow, such as log-probs, they return.
+
+    before    h | logits = h W | log_softmax | logprobs |...| dlogits | dh = dlogits W', dW = dlogits' h
+    after     h | logprobs = tiled(h, W, labels)        |...| dh, dW = tiled(h, W, labels, dlogprobs)
+
+What must hold: the same values, up to the order of sums over rows. Where it cannot be, the graph is as it was, and the
+reason is returned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from memplan.passes import cross_entropy
+from memplan.passes.bodies import AXES, Body, NotTiled
+from memplan.passes.calls import name, tensors, view_base
+from memplan.passes.capture import source_line
+from memplan.passes.compat import drop_dead_code, symbol_value
+from memplan.passes.layouts import Axis, shape_of
+from memplan.passes.row_locality import Region, grow
+from memplan.runtime import tiled
+
+NOTES = "memplan_tiles"  # in a module's meta: what was tiled, and what not
+WIDER = 1.5  # a node is wide if it has this many times the bytes of the seed
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What one call of memplan::tiled runs, in the graph's order, and which of it is returned."""
+
+    nodes: tuple[fx.Node, ...]
+    returned: tuple[fx.Node, ...]  # keep rows, or reduce
+
+
+def tile_all(joint: fx.GraphModule, num_fwd_outputs: int, rows: int, *, widest: bool = False) -> tuple[str, ...]:
+    """Tile all regions, or only the one with the widest results. Returns what was done, and what was not and why."""
+    cross_entropy.take_apart(joint)
+    notes = []
+    seeds = [seed.name for seed in candidates(joint, num_fwd_outputs)]
+    for wanted in seeds[:1] if widest else seeds:
+        seed = next((n for n in joint.graph.nodes if n.name == wanted), None)
+        if seed is None:  # it went with another region
+            continue
+        source = next((line for line in map(source_line, seed.users) if line), wanted)
+        reason = tile(joint, seed, num_fwd_outputs, rows)
+        notes.append(f"not tiled, {source}: {reason}" if reason else f"tiled by {rows} rows: {source}")
+    return tuple(f"{note} (x{n})" if n > 1 else note for note, n in Counter(notes).items())
+
+
+def candidates(joint: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
+    """What a region may grow from, [sequences, tokens, width]: what products read whose results are wider. The one with
+    the widest result comes first.
+    """
+    outputs: Any = joint.graph.output_node().args[0]
+    forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+    found: dict[fx.Node, float] = {}
+    for node in joint.graph.nodes:
+        if node in forward and name(node.target) in ("mm", "addmm"):
+            rows: Any = node.args[-2]
+            while view_base(rows) is not None or name(rows.target) == "_unsafe_view":
+                if len(_shape(rows)) == 3:
+                    break
+                rows = rows.args[0]
+            if len(_shape(rows) or ()) == 3 and _elements(node) >= WIDER * _elements(rows):
+                found[rows] = found.get(rows, 0.0) + _elements(node)
+    return sorted(found, key=lambda n: -found[n])
+
+
+def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int) -> str:
+    """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the reason why
+    it was not done; empty: it was.
+    """
+    shape = shape_of(seed.meta["val"])
+    region = grow(seed, ((Axis(AXES[0], shape[0]),), (Axis(AXES[1], shape[1]),), (shape[2],)))
+    try:
+        region, loops = find(joint, seed, region, num_fwd_outputs)
+        bodies = [Body.of(loop.nodes, loop.returned, region) for loop in loops]
+        if any(_reaches(loop) for loop in loops):
+            raise NotTiled("what the loop returns is read by something that the loop reads")
+    except NotTiled as e:
+        return str(e)
+    now: dict[fx.Node, fx.Node] = {}  # what was returned by a loop -> what stands for it
+    for loop, body in zip(loops, bodies, strict=True):
+        _replace(joint, loop, body, rows, now)
+    joint.graph = _sort(joint.graph)
+    drop_dead_code(joint.graph)
+    joint.graph.lint()
+    joint.recompile()
+    return ""
+
+
+def find(joint: fx.GraphModule, seed: fx.Node, region: Region, num_fwd_outputs: int) -> tuple[Region, list[Loop]]:
+    """The loop of forward and that of backward, and the region with what they absorb. Raises NotTiled."""
+    outputs: Any = joint.graph.output_node().args[0]
+    forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+    limit = WIDER * _elements(seed)
+    wide = {n for n in _near(seed, region, limit) if _elements(n) >= limit}
+    ahead = _between(wide & forward, region)
+    if not ahead:
+        raise NotTiled("nothing in forward is wider than the rows it comes from")
+    found = [_loop(ahead, region, lambda user: user in forward)]
+    behind = _between(wide - forward, region) - forward
+    again = ahead & _ancestors([*behind, *(u for n in ahead for u in n.users if u not in forward)])
+    if behind or again:
+        found.append(_loop(behind | again, region, lambda user: user not in forward))
+    region, found = _absorbing(region, found, limit)
+    return region, found
+
+
+def _near(seed: fx.Node, region: Region, limit: float) -> set[fx.Node]:
+    """What follows from the seed without passing through something of its own size, other than views of it: beyond that
+    another region begins.
+    """
+    near = {seed}
+    for node in region.keeps:
+        if any(n in near for n in node.all_input_nodes):
+            same = _elements(seed) / WIDER < _elements(node) < limit
+            if not same or view_base(node) is not None or name(node.target) in ("_unsafe_view", "clone", "_to_copy"):
+                near.add(node)
+    return near
+
+
+def _absorbing(region: Region, loops: Sequence[Loop], limit: float) -> tuple[Region, list[Loop]]:
+    """Take into the loops what is wide, elementwise, and made from outside of the region: the labels, one-hot."""
+    keeps, out = dict(region.keeps), list[Loop]()
+    for loop in loops:
+        nodes = dict.fromkeys(loop.nodes)
+        stack = list(loop.nodes)
+        while stack:
+            user = stack.pop()
+            for node in user.all_input_nodes:
+                tags = getattr(node.target, "tags", ())
+                same = _shape(node) == _shape(user) and torch.Tag.pointwise in tags
+                if node not in region.keeps and _elements(node) >= limit and same:
+                    keeps[node] = keeps[user]
+                    if node not in nodes:
+                        nodes[node] = None
+                        stack.append(node)
+        order = {n: i for i, n in enumerate(loop.nodes[0].graph.nodes)}
+        out.append(Loop(tuple(sorted(nodes, key=order.__getitem__)), loop.returned))
+    return Region(keeps, region.ends, region.turn), out
+
+
+def _shape(node: fx.Node) -> Any:
+    found = tensors(node.meta.get("val"))
+    return shape_of(found[0]) if found else None
+
+
+def _loop(core: set[fx.Node], region: Region, counts: Callable[[fx.Node], bool]) -> Loop:
+    """The loop that runs `core`, and returns what users that count make of it."""
+    returned: dict[fx.Node, None] = {}
+    for node in core:
+        for user in node.users:
+            if user in core or (user.op != "output" and not counts(user)):
+                continue
+            if user.op == "output":
+                raise NotTiled(f"{node.name} is returned whole")
+            end = region.ends.get(user)
+            if end is not None and (end.kind != "reduces" or name(user.target) not in ("mm", "sum")):
+                raise NotTiled(f"{user.name} needs all rows: {end.reason}")
+            if end is None and user not in region.keeps:
+                raise NotTiled(f"{user.name} reads {node.name} whole")
+            if not isinstance(user.meta.get("val"), torch.Tensor):
+                raise NotTiled(f"{user.name} makes several tensors of {node.name}, and they are all needed")
+            returned[user] = None
+    order = {n: i for i, n in enumerate(next(iter(core)).graph.nodes)}
+    nodes = sorted({*core, *(n for n in returned if n in region.keeps)}, key=order.__getitem__)
+    return Loop(tuple(nodes), tuple(sorted(returned, key=order.__getitem__)))
+
+
+def _between(wide: Collection[fx.Node], region: Region) -> set[fx.Node]:
+    """Wide nodes, and what leads from one to another inside the region."""
+    before, after = _ancestors(wide), set[fx.Node]()
+    for node in region.keeps:
+        if node in wide or any(n in after for n in node.all_input_nodes):
+            after.add(node)
+    return {n for n in after if n in before}
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    seen, stack = set[fx.Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _elements(node: fx.Node) -> float:
+    """Elements of the first result, at the sizes it was traced with."""
+    found = tensors(node.meta.get("val"))
+    return float(math.prod(map(_traced, found[0].shape))) if found else 0.0
+
+
+def _traced(n: int | torch.SymInt) -> int:
+    """The size that it was traced with; to ask torch would add a guard."""
+    if not isinstance(n, torch.SymInt):
+        return n
+    return int(n.node.expr.xreplace({s: symbol_value(n, s) for s in n.node.expr.free_symbols}))
+
+
+def _reaches(loop: Loop) -> bool:
+    """Whether something that the loop reads depends on what it returns."""
+    inside = set(loop.nodes)
+    read = {n for node in (*loop.nodes, *loop.returned) for n in node.all_input_nodes} - inside
+    return not _ancestors(read).isdisjoint(loop.returned)
+
+
+def _replace(joint: fx.GraphModule, loop: Loop, body: Body, rows: int, now: dict[fx.Node, fx.Node]) -> None:
+    graph = joint.graph
+    mode = detect_fake_mode([n.meta.get("val") for n in body.inputs])
+    assert mode is not None
+    with graph.inserting_before(graph.output_node()), mode:
+        inputs = [now.get(n, n) for n in body.inputs]
+        sizes = [
+            size if isinstance(size, int) else _size(graph, now.get(size[0], size[0]), size[1]) for size in body.sizes
+        ]
+        call = graph.call_function(tiled.OP, (inputs, sizes, json.dumps(body.text), rows))
+        call.meta["val"] = tiled.OP(*fx.map_arg(call.args, lambda n: n.meta["val"]))
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in loop.nodes[0].meta:
+                call.meta[key] = loop.nodes[0].meta[key]
+        for k, node in enumerate(loop.returned):
+            new = graph.call_function(getitem, (call, k))
+            new.meta = dict(node.meta) | {"val": call.meta["val"][k]}
+            node.replace_all_uses_with(new)
+            now[node] = new
+
+
+def _size(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
+    new = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+    new.meta["val"] = node.meta["val"].shape[dim]
+    return new
+
+
+def _sort(graph: fx.Graph) -> fx.Graph:
+    """Put each node behind what it reads, and else leave the order as it is: those that were put last move ahead of
+    their users.
+    """
+    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def emit(node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            missing = [n for n in stack[-1].all_input_nodes if n not in made]
+            if missing:
+                stack.extend(missing)
+            elif (n := stack.pop()) not in made:
+                made[n] = new.node_copy(n, lambda x: made[x])
+
+    for node in graph.nodes:
+        emit(node)
+    return new

@@ -1,0 +1,210 @@
+"""memplan::tiled: a part of a graph, run slice by slice over its rows.
+
+In: the tensors that the part reads, and its body as text: what it runs for one slice, and where the rows are in the
+dimensions of what it reads and returns. Out: what it returns. Of what is in between only one slice exists at a time.
+From outside the op is functional: accumulators are made, and written to, inside. The text says all, so it can be
+hashed, pickled, and run by another process.
+
+A slice is some rows of one sequence, or some whole sequences. A body is
+
+    inputs    for each tensor its dims
+    ops       [target, args, kwargs]: values are {"value": k}, inputs first and then the ops' results; a size is
+              {"size": dim}; what JSON has no word for is {"dtype": ...} or {"device": ...}, which is that of the inputs
+    outputs   {"kind", "value", "dims", "dtype"}
+    one       whether a slice may not have several sequences
+
+A dim is a list of factors, outermost first: a size, or a row axis [axis, start, size]: 0 for sequences and 1 for rows
+of each, where its rows start, and which of `sizes` it has. An output's `kind`: "rows" are put in their place, among
+zeros; a "sum" over rows is added up; a "product" over rows is that of two values, added up. Sums are in float32 at
+least.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memplan.runtime.tally import Tally
+
+Slice = tuple[tuple[int, int], tuple[int, int]]  # for each axis: where it starts, and how many
+
+
+@torch.library.custom_op("memplan::tiled", mutates_args=())
+def tiled(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int) -> list[torch.Tensor]:
+    """Run `body` on slices of at most `rows` rows. `sizes`: sequences, rows of each, and what the dims name."""
+    read = _read(body)
+    totals = _made(read, inputs, sizes, zeros=True)
+    for part in slices(sizes[0], sizes[1], rows, one=read["one"]):
+        run_slice(read, inputs, sizes, part, totals)
+    return [t.to(_dtype(out["dtype"])) for t, out in zip(totals, read["outputs"], strict=True)]
+
+
+@tiled.register_fake
+def _(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int) -> list[torch.Tensor]:
+    read = _read(body)
+    made = _made(read, inputs, sizes, zeros=False)
+    return [t.to(_dtype(out["dtype"])) for t, out in zip(made, read["outputs"], strict=True)]
+
+
+OP: Any = torch.ops.memplan.tiled.default
+
+
+@dataclass(frozen=True)
+class OneSlice:
+    """What the largest slice does: its calls, with their results, the bytes at its peak, and how many there are."""
+
+    calls: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], Any], ...]
+    peak: int
+    count: int
+
+
+def one_slice(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int) -> OneSlice:
+    """What running the largest slice of fake inputs does. Sizes are ints."""
+    read = _read(body)
+    parts = list(slices(sizes[0], sizes[1], rows, one=read["one"]))
+    if not parts:
+        return OneSlice((), 0, 0)
+    with _disable_current_modes():
+        hollow = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in inputs]
+        totals = _made(read, hollow, sizes, zeros=False)
+    with _disable_current_modes(), Tally([*hollow, *totals], keep=True) as tally:
+        run_slice(read, hollow, sizes, max(parts, key=lambda part: part[0][1] * part[1][1]), totals)
+    accumulators = sum(t.nbytes for t, o in zip(totals, read["outputs"], strict=True) if t.dtype != _dtype(o["dtype"]))
+    return OneSlice(tuple(tally.calls), tally.peak + accumulators, len(parts))
+
+
+def slices(sequences: int, length: int, rows: int, *, one: bool = False) -> Iterator[Slice]:
+    """Slices that cover all rows. They are as equal as they can be, so that none is left with a single row, which would
+    take another kernel.
+    """
+    if not sequences or not length:
+        return
+    together = 1 if one or rows < 2 * length else rows // length
+    groups = math.ceil(sequences / together)
+    pieces = 1 if together > 1 else math.ceil(length / rows)
+    for g in range(groups):
+        first, end = sequences * g // groups, sequences * (g + 1) // groups
+        for p in range(pieces):
+            start, stop = length * p // pieces, length * (p + 1) // pieces
+            yield (first, end - first), (start, stop - start)
+
+
+def _made(
+    body: dict[str, Any], inputs: Sequence[torch.Tensor], sizes: Sequence[int], *, zeros: bool
+) -> list[torch.Tensor]:
+    """What outputs are collected in."""
+    make: Any = torch.zeros if zeros else torch.empty
+    found = []
+    for out in body["outputs"]:
+        shape = [_extent(dim, sizes) for dim in out["dims"]]
+        dtype = _dtype(out["dtype"])
+        if out["kind"] != "rows" and dtype.itemsize < 4:
+            dtype = torch.float32
+        found.append(make(shape, dtype=dtype, device=inputs[0].device))
+    return found
+
+
+def _extent(dim: Sequence[Any], sizes: Sequence[int]) -> int:
+    return math.prod(f if isinstance(f, int) else sizes[f[2]] for f in dim)
+
+
+def run_slice(
+    body: dict[str, Any],
+    inputs: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    part: Slice,
+    totals: Sequence[torch.Tensor],
+) -> None:
+    device = inputs[0].device
+    values: list[Any] = [_taken(t, dims, sizes, part) for t, dims in zip(inputs, body["inputs"], strict=True)]
+    for (target, args, kwargs), done in zip(body["ops"], body["done"], strict=True):
+        given, named = ([_decoded(v, values, part, device) for v in some] for some in (args, kwargs.values()))
+        values.append(_op(target)(*given, **dict(zip(kwargs, named, strict=True))))
+        for k in done:
+            values[k] = None
+    for out, total in zip(body["outputs"], totals, strict=True):
+        if out["kind"] == "rows":
+            _taken(total, out["dims"], sizes, part).copy_(values[out["value"]])
+        elif out["kind"] == "sum":
+            total.add_(values[out["value"]])
+        else:
+            a, b = (values[k] for k in out["value"])
+            if a.dtype == total.dtype:
+                total.addmm_(a, b)
+            else:
+                total.add_(a @ b)
+
+
+def _taken(tensor: torch.Tensor, dims: Sequence[Sequence[Any]], sizes: Sequence[int], part: Slice) -> torch.Tensor:
+    """The part of a tensor that belongs to a slice: a view."""
+    for d, dim in enumerate(dims):
+        if any(not isinstance(factor, int) for factor in dim):
+            start, count = 0, 1
+            for factor in dim:
+                if isinstance(factor, int):
+                    start, count = start * factor, count * factor
+                else:
+                    axis, first, size = factor
+                    start, count = start * sizes[size] + first + part[axis][0], count * part[axis][1]
+            tensor = tensor.narrow(d, start, count)
+    return tensor
+
+
+def _decoded(value: Any, values: Sequence[Any], part: Slice, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_decoded(v, values, part, device) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "value" in value:
+        return values[value["value"]]
+    if "size" in value:
+        return math.prod(f if isinstance(f, int) else part[f[0]][1] for f in value["size"])
+    if "dtype" in value:
+        return _dtype(value["dtype"])
+    return device  # all is on that of the inputs
+
+
+@functools.lru_cache(maxsize=64)
+def _read(body: str) -> dict[str, Any]:
+    """The body, with `done`: for each op the values that nothing needs after it."""
+    read: dict[str, Any] = json.loads(body)
+    first = len(read["inputs"])
+    last: dict[int, int] = {}
+    for k, (_, args, kwargs) in enumerate(read["ops"]):
+        last |= dict.fromkeys(_references([*args, *kwargs.values()]), k)
+        last.setdefault(first + k, k)
+    for out in read["outputs"]:
+        for k in out["value"] if isinstance(out["value"], list) else [out["value"]]:
+            last.pop(k, None)
+    read["done"] = [[v for v, at in last.items() if at == k] for k in range(len(read["ops"]))]
+    return read
+
+
+def _references(value: Any) -> Iterator[int]:
+    if isinstance(value, dict) and "value" in value:
+        yield value["value"]
+    elif isinstance(value, list):
+        for v in value:
+            yield from _references(v)
+
+
+@functools.cache
+def _op(target: str) -> Any:
+    if target == "getitem":
+        return lambda values, index: values[index]
+    found: Any = torch.ops
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
