@@ -21,9 +21,9 @@ from memplan.passes.layouts import ONE, Axis, Dim, Layout, has_rows, plain, shap
 from memplan.passes.row_locality import CONTRACTIONS, Region
 
 AXES = ("sequences", "tokens")
-VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand")
+VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias")
 # A row of zeros stays one.
-LINEAR = (*VIEWS, "t", "permute", "transpose", "unsqueeze", "squeeze", "neg", "clone", "detach", "alias",
+LINEAR = (*VIEWS, "expand", "t", "permute", "transpose", "unsqueeze", "squeeze", "neg", "clone", "detach", "alias",
           "_to_copy", "convert_element_type", "div", "slice", "sum")  # fmt: skip
 
 
@@ -132,7 +132,7 @@ class _Writer:
             source: Any = node.args[1 if op == "slice_scatter" else 0]
             return self._operand(source, node)
         args = list(node.args)
-        if op in VIEWS or op == "slice_backward":
+        if op in (*VIEWS, "expand", "slice_backward"):
             args[1] = {"size": layout}
         self._write(node, args)
         return {"value": ("op", len(self.ops) - 1)}
@@ -179,8 +179,9 @@ class _Writer:
         """Where rows are in an operand from outside of the region: where the other operands have them."""
         shape, op = shape_of(tensors(node.meta["val"])[0]), name(user.target)
         if op in CONTRACTIONS:
-            given = CONTRACTIONS[op].split("->")[0].split(",")
-            rows: dict[str, Dim] = {}
+            terms, result = CONTRACTIONS[op].split("->")
+            given, kept = terms.split(","), self.region.keeps.get(user, ())
+            rows: dict[str, Dim] = {label: dim for label, dim in zip(result, kept, strict=False) if has_rows(dim)}
             for operand, labels in zip(user.args, given, strict=False):
                 known = self.region.keeps.get(operand) if isinstance(operand, fx.Node) else None
                 rows |= {label: dim for label, dim in zip(labels, known or (), strict=False) if has_rows(dim)}

@@ -26,11 +26,11 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from memplan.passes import cross_entropy
-from memplan.passes.bodies import AXES, Body, NotTiled
+from memplan.passes.bodies import AXES, VIEWS, Body, NotTiled
 from memplan.passes.calls import name, tensors, view_base
 from memplan.passes.capture import source_line
 from memplan.passes.compat import drop_dead_code, symbol_value
-from memplan.passes.layouts import Axis, shape_of
+from memplan.passes.layouts import Axis, Layout, has_rows, regroup, shape_of
 from memplan.passes.row_locality import Region, grow
 from memplan.runtime import tiled
 
@@ -135,24 +135,40 @@ def _near(seed: fx.Node, region: Region, limit: float) -> set[fx.Node]:
 
 
 def _absorbing(region: Region, loops: Sequence[Loop], limit: float) -> tuple[Region, list[Loop]]:
-    """Take into the loops what is wide, elementwise, and made from outside of the region: the labels, one-hot."""
+    """Take into the loops what is wide and made from outside of the region for them alone: the labels, one-hot; in the
+    backward of an MLP, what its last product hands back.
+    """
     keeps, out = dict(region.keeps), list[Loop]()
     for loop in loops:
-        nodes = dict.fromkeys(loop.nodes)
+        nodes = set(loop.nodes)
         stack = list(loop.nodes)
         while stack:
             user = stack.pop()
             for node in user.all_input_nodes:
-                tags = getattr(node.target, "tags", ())
-                same = _shape(node) == _shape(user) and torch.Tag.pointwise in tags
-                if node not in region.keeps and _elements(node) >= limit and same:
-                    keeps[node] = keeps[user]
-                    if node not in nodes:
-                        nodes[node] = None
-                        stack.append(node)
+                if node in nodes or _elements(node) < limit or not nodes.issuperset(node.users):
+                    continue
+                layout = _asked(node, user, keeps[user])
+                if layout is not None and region.keeps.get(node, layout) == layout:
+                    keeps[node] = layout
+                    nodes.add(node)
+                    stack.append(node)
         order = {n: i for i, n in enumerate(loop.nodes[0].graph.nodes)}
         out.append(Loop(tuple(sorted(nodes, key=order.__getitem__)), loop.returned))
     return Region(keeps, region.ends, region.turn), out
+
+
+def _asked(node: fx.Node, user: fx.Node, layout: Layout) -> Layout | None:
+    """The layout that an operand has for its user to have one; None: it cannot be told, or it would mix rows."""
+    found: Layout | None = None
+    if name(user.target) in VIEWS:
+        found = regroup(layout, _shape(node))
+    elif torch.Tag.pointwise in getattr(user.target, "tags", ()) and _shape(node) == _shape(user):
+        found = layout
+    if found is None or name(node.target) in (*VIEWS, "_to_copy", "clone", "detach", "alias"):
+        return found
+    if name(node.target) == "mm":
+        return None if has_rows(found[1]) else found
+    return found if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None
 
 
 def _shape(node: fx.Node) -> Any:
