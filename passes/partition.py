@@ -90,6 +90,9 @@ class Partitioner:
             by_time = plan.fits and not self.smallest
             found.append((not plan.fits, plan.timeline.seconds if by_time else float(plan.peak), tiling, module))
         *_, tiling, module = min(found, key=lambda f: f[:2])
+        if not any(tiling):  # then what could not be
+            everything: tuple[str, ...] = found[-1][-1].meta[tile.NOTES]
+            module.meta[tile.NOTES] = tuple(note for note in everything if note.startswith("not"))
         if self.smallest:
             self.tilings.append(tiling)
         return module

@@ -58,6 +58,8 @@ def tile_all(joint: fx.GraphModule, num_fwd_outputs: int, rows: int, *, widest: 
         source = next((line for line in map(source_line, seed.users) if line), wanted)
         reason = tile(joint, seed, num_fwd_outputs, rows)
         notes.append(f"not tiled, {source}: {reason}" if reason else f"tiled by {rows} rows: {source}")
+    if not notes:
+        notes.append("not tiled: no product of [sequences, tokens, width] makes its rows wider")
     return tuple(f"{note} (x{n})" if n > 1 else note for note, n in Counter(notes).items())
 
 
@@ -184,7 +186,7 @@ def _loop(core: set[fx.Node], region: Region, counts: Callable[[fx.Node], bool])
             if user in core or (user.op != "output" and not counts(user)):
                 continue
             if user.op == "output":
-                raise NotTiled(f"{node.name} is returned whole")
+                raise NotTiled(f"{node.name} is returned whole; compute the loss where it is made, and return the loss")
             end = region.ends.get(user)
             if end is not None and (end.kind != "reduces" or name(user.target) not in ("mm", "sum")):
                 raise NotTiled(f"{user.name} needs all rows: {end.reason}")

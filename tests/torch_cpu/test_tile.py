@@ -214,6 +214,7 @@ def test_losses(inner: str) -> None:
         assert same(before, run(graph, inputs), 1e-12), (what, notes)
     assert set(left) == {"logits returned", "centred"}, left
     assert all("not tiled" in note and ": " in note for notes in left.values() for note in notes)
+    assert "return the loss" in left["logits returned"][0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -281,6 +282,18 @@ def test_auto_tiles_where_it_must(made: list[memplan.Plan]) -> None:
     assert made[-1].fits and any(note.startswith("tiled") for note in made[-1].step.notes)
     planned = memplan.plan(sample.step, sample.batch, inner="eager", budget=budget, tiles="auto", machine="cpu")
     assert planned.fits and any(note.startswith("tiled") for note in planned.step.notes)
+
+
+@pytest.mark.parametrize("tiles", [8, "auto"])
+def test_what_is_not_tiled_is_said(tiles: int | str, made: list[memplan.Plan]) -> None:
+    """The logits are what the compiled function returns; and a model without products of rows."""
+    head = Head()
+    step = torch.compile(lambda x: head(x)[1], backend=memplan_backend, options={"inner": "eager", "tiles": tiles})
+    step(ROWS.float()).mean().backward()
+    assert any("compute the loss where it is made" in note for note in made[-1].step.notes)
+    unet = CASES[-1].make()
+    torch.compile(unet.step, backend=memplan_backend, options={"inner": "eager", "tiles": tiles})(unet.batch)
+    assert any("not tiled: no product" in note for note in made[-1].step.notes)
 
 
 def test_graphs_with_backward_inside_say_that_they_are_not_tiled(made: list[memplan.Plan]) -> None:
