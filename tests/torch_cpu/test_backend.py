@@ -56,7 +56,7 @@ def policy(decide) -> FunctionPolicy:
     ("options", "says"),
     [
         ({"budgte": "24GB"}, "did you mean 'budget'"),
-        ({"tiles": {}}, "not built yet"),
+        ({"host_budget": "1GB"}, "not built yet"),
         ({"budget": "24"}, "24"),
         ({"budget": "0GB"}, "0GB"),
         ({"budget": "-1"}, "-1"),
