@@ -104,7 +104,7 @@ def test_models_are_tiled_to_the_same_values(case: Case, inner: str) -> None:
     sample = case.make(dtype=torch.float64)
     graph, inputs = joint_of(sample.step, sample.batch, inner)
     before = run(graph, inputs)
-    for rows in (2, 5, 16, 1000):
+    for rows in (5, 1000):
         tiled_graph = fx.GraphModule(graph, fx.Graph())
         tiled_graph.graph.output(tiled_graph.graph.graph_copy(graph.graph, {})).meta = {}
         notes = tile_all(tiled_graph, 1, rows)
@@ -264,9 +264,8 @@ def test_gradients_are_as_good_as_untiled_ones(dtype: torch.dtype, inner: str) -
     sample = model(dtype)
     exact = exact_gradients(sample, model(torch.float64))
     untiled = rms_error(gradients(compiled(sample, inner=inner), sample), exact)
-    for rows in (96, 24):
-        torch._dynamo.reset()
-        assert rms_error(gradients(compiled(sample, inner=inner, tiles=rows), sample), exact) <= 1.1 * untiled
+    torch._dynamo.reset()
+    assert rms_error(gradients(compiled(sample, inner=inner, tiles=24), sample), exact) <= 1.1 * untiled
 
 
 def test_auto_tiles_where_it_must(made: list[memplan.Plan]) -> None:
