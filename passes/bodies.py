@@ -245,7 +245,7 @@ class _Writer:
         if name(node.target) == "mm":
             a, b = (self._operand(n, node)["value"] for n in node.args if isinstance(n, fx.Node))
             return out | {"kind": "product", "value": [a, b], "dims": dims}
-        if {a.name for n in operands for a in _axes(self.region.keeps[n])} - set(AXES) or _partial(node, self.region):
+        if _partial(node, self.region):
             raise NotTiled(f"{node.name} sums over some of the rows only")
         self._write(node, node.args)
         return out | {"kind": "sum", "value": ("op", len(self.ops) - 1), "dims": dims}

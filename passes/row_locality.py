@@ -330,7 +330,7 @@ _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention
 CONTRACTIONS = {"mm": "ik,kj->ij", "addmm": ",ik,kj->ij", "bmm": "bik,bkj->bij"}  # labels of dimensions, as einsum's
 _RULES: dict[str, Rule] = {
     **{op: _contraction(terms) for op, terms in CONTRACTIONS.items()},
-    **dict.fromkeys(("sum",), _reduction("reduces", "sums over")),
+    "sum": _reduction("reduces", "sums over"),
     "mean": _reduction("reduces", "averages over"),
     **{
         op: _reduction("whole", "needs all")

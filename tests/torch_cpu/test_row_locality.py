@@ -4,22 +4,19 @@ sum over rows does: changes of two rows add up.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from memplan.passes import capture
 from memplan.passes.calls import name, tensors
 from memplan.passes.layouts import Axis, Layout, shape_of
 from memplan.passes.row_locality import Region, grow
+from tests.joint_graphs import joint_of
 from tests.models import CASES, Case
 
 aten = torch.ops.aten
@@ -223,45 +220,15 @@ def test_turns() -> None:
     check(graph, [HIDDEN], region, next(iter(graph.graph.nodes)), PAIR)
 
 
-def joint_graph(case: Case, inner: str, dtype: torch.dtype) -> tuple[fx.GraphModule, list[Any]]:
-    """The prepared joint graph of a model's step, as the inner compiler would have it planned, and inputs for it."""
-    found: list[tuple[fx.GraphModule, list[Any]]] = []
-
-    def partition(joint: fx.GraphModule, inputs: Any, **_: Any) -> Any:
-        capture.prepare(joint)
-        found.append((joint, []))
-        raise Stop
-
-    def given(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        real[:] = (t.detach().clone() if isinstance(t, torch.Tensor) else t for t in inputs)
-        table = select_decomp_table() if inner == "inductor" else {}
-        return aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition, decompositions=table)(
-            graph, inputs
-        )
-
-    real: list[Any] = []
-    sample = case.make(dtype=dtype)
-    with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed, Stop):
-        torch.compile(sample.step, backend=given, fullgraph=True)(sample.batch)
-    ((graph, _),) = found
-    return graph, [*real, torch.ones(())]  # and the loss's own gradient
-
-
-class Stop(Exception):
-    """The graph is there."""
-
-
-def never(*_: Any) -> Any:
-    raise AssertionError("nothing is to be compiled")
-
-
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("case", [c for c in CASES if "net" not in str(c).lower()], ids=str)
 def test_the_head_of_real_models(case: Case, inner: str, fresh_dynamo: None) -> None:
     """Between the last hidden states and the gradients of weights, forward and backward, all that is as wide as the
     vocabulary keeps rows apart, or depends on the labels alone.
     """
-    graph, inputs = joint_graph(case, inner, torch.float32)
+    sample = case.make()
+    graph, inputs = joint_of(sample.step, sample.batch, inner)
+    inputs[-1] = inputs[-1].float()
     vocabulary, width = 128, 32
     product = next(
         n for n in graph.graph.nodes if name(n.target) == "mm" and tuple(n.meta["val"].shape) == (width, vocabulary)

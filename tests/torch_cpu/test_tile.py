@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Callable
 from operator import getitem
@@ -13,53 +12,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
 import memplan
 from memplan.backend import memplan_backend
-from memplan.passes import capture
 from memplan.passes.calls import view_base
 from memplan.passes.tile import tile_all
 from memplan.runtime import tiled
 from memplan.runtime.tiled import slices
 from tests.accuracy import exact_gradients, gradients, rms_error
+from tests.joint_graphs import joint_of
 from tests.models import CASES, Case, Sample, language_model
 from tests.planned import frozen_heap
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 LANGUAGE = [case for case in CASES if str(case) != "unet"]
-
-
-class Stop(Exception):
-    """The graph is there."""
-
-
-def joint_of(step: Callable[..., Any], batch: Any, inner: str) -> tuple[fx.GraphModule, list[Any]]:
-    """The prepared joint graph of a step, as the inner compiler would have it planned, and inputs for it."""
-    found: list[fx.GraphModule] = []
-    real: list[Any] = []
-
-    def partition(joint: fx.GraphModule, _inputs: Any, **_: Any) -> Any:
-        capture.prepare(joint)
-        found.append(joint)
-        raise Stop
-
-    def never(*_: Any) -> Any:
-        raise AssertionError("nothing is to be compiled")
-
-    def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        real[:] = [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in inputs]
-        table = select_decomp_table() if inner == "inductor" else {}
-        make = aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition, decompositions=table)
-        return make(graph, inputs)
-
-    with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed, Stop):
-        torch.compile(step, backend=backend, fullgraph=True)(batch)
-    return found[-1], [*real, torch.full((), 1.5, dtype=torch.float64)]
 
 
 def run(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor | None]:
@@ -185,11 +154,14 @@ LOSSES: dict[str, Callable[[Head, torch.Tensor, torch.Tensor], Any]] = {
     "second loss": lambda m, h, z: -selected(z).mean() - 0.3 * z.log_softmax(-1)[..., 3].mean(),
     "pointwise, of the user": lambda m, h, z: (torch.sigmoid(z) * z.cos()).sum(-1).tanh().mean(),
     "normalised by itself": lambda m, h, z: selected(z).square().sum() / (selected(z).detach().abs().sum() + 1),
-    "centred": lambda m, h, z: (z - z.mean()).softmax(-1).square().sum(-1).mean(),
+    "centred": lambda m, h, z: (z - z.sum() / 7).softmax(-1).square().sum(-1).mean(),
     "frozen head": lambda m, h, z: -selected(F.linear(h, m.head.weight.detach())).mean(),
     "tied embeddings": lambda m, h, z: -selected(m.head(h + F.embedding(LABELS, m.head.weight))).mean(),
     "torch's cross entropy": lambda m, h, z: F.cross_entropy(z.flatten(0, 1), LABELS.flatten()),
     "ignored labels": lambda m, h, z: F.cross_entropy(z.flatten(0, 1), SOME.flatten()),
+    "shifted, and not": lambda m, h, z: (
+        -z[:, :-1].log_softmax(-1).gather(-1, LABELS[:, 1:, None]).mean() + 1e-2 * z.logsumexp(-1).square().mean()
+    ),
     "logits returned": lambda m, h, z: (-selected(z).mean(), z.detach()),
 }  # fmt: skip
 
@@ -212,7 +184,7 @@ def test_losses(inner: str) -> None:
         if loops(graph) < 2:
             left[what] = notes
         assert same(before, run(graph, inputs), 1e-12), (what, notes)
-    assert set(left) == {"logits returned", "centred"}, left
+    assert set(left) == {"logits returned", "centred", "shifted, and not"}, left
     assert all("not tiled" in note and ": " in note for notes in left.values() for note in notes)
     assert "return the loss" in left["logits returned"][0]
 
