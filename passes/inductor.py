@@ -52,12 +52,14 @@ class _Recorded(CustomPartitionerFn):
         self.plans: list[Plan] = []
         self.partitioner = replace(partitioner, on_plan=lambda plan, _: self.plans.append(plan), fit=False)
         self.inputs: list[list[Any]] = []
+        self.sources: list[str] = []  # generated for this graph; planning generates code too, for slices
         self.num_fwd_outputs = 0
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         halves = self.partitioner(gm, joint_inputs, **kwargs)
+        self.sources.clear()
         self.num_fwd_outputs = kwargs["num_fwd_outputs"]
         self.inputs = [[n.meta.get("val") for n in h.graph.find_nodes(op="placeholder")] for h in halves]
         return halves
@@ -88,6 +90,7 @@ class _Whole(CustomGraphPass):
         planned = bool(self.recorded.plans)  # then this is a part of it that Inductor looks at alone
         if module is not None and not planned and has_backward(module):
             self.recorded.partitioner.whole(module)
+            self.recorded.sources.clear()
             self.recorded.inputs = [[n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")]]
 
     def __deepcopy__(self, _memo: Any) -> _Whole:
@@ -140,13 +143,13 @@ def _compile(
     reorder: bool,
 ) -> tuple[Compiled, int]:
     """The callable, its plan with the generated code's timeline, and the peak that was predicted before."""
-    recorded, sources = _Recorded(partitioner), list[str]()
+    recorded = _Recorded(partitioner)
     # Without `reorder` ops stay in the plan's order: Inductor's own knows nothing of recomputation just in time.
     # And of graphs with a backward inside it would move gradients of weights to where they are added up.
     patches = {"reorder_for_peak_memory": reorder, "reorder_for_locality": False} | config
     patches |= {"custom_partitioner_fn": recorded, "joint_custom_post_pass": _Whole(recorded)}
     with (
-        mock.patch.object(GraphLowering, "save_output_code", sources.append),
+        mock.patch.object(GraphLowering, "save_output_code", recorded.sources.append),
         parts_stay_apart(),
         # AOTAutograd's own cache would skip the partitioner: no plan, and no check of what is generated.
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
@@ -165,23 +168,23 @@ def _compile(
     def resized(sizes: SizesGiven, held: Held) -> Plan:
         known = dict(plan.step.sizes)
         step = replace(plan.step.at(**{s: n for s, n in sizes if s in known}), held=held)
-        return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, sources, Sizes(sizes)))
+        return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, Sizes(sizes)))
 
     return Compiled(run, resized(partitioner.sizes, partitioner.held), resized), plan.peak
 
 
-def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: Sizes) -> Timeline:
+def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Timeline:
     """The timeline of the generated forward and backward, one after the other."""
     tape = Tape()
     inputs = sizes.concrete(recorded.inputs)
     if len(inputs) == 1:  # with its backward inside
-        outputs = run_wrapper(sources[0], tape, [ghost(tape, v, None) for v in inputs[0]])
+        outputs = run_wrapper(recorded.sources[0], tape, [ghost(tape, v, None) for v in inputs[0]])
         end = tape.tick()
         timeline = _timeline(plan, tape, end, end, set(), recorded.partitioner.known)
         del outputs
         return timeline
     forward_inputs, backward_inputs = inputs
-    results = run_wrapper(sources[0], tape, [ghost(tape, v, None) for v in forward_inputs])
+    results = run_wrapper(recorded.sources[0], tape, [ghost(tape, v, None) for v in forward_inputs])
     split = tape.tick()
     outputs, saved = results[: recorded.num_fwd_outputs], results[recorded.num_fwd_outputs :]
     symbols = [s for s in saved if not hasattr(s, "buffer")]
@@ -189,7 +192,7 @@ def _generated(plan: Plan, recorded: _Recorded, sources: Sequence[str], sizes: S
     tangents = [ghost(tape, v, "tangent") for v in backward_inputs[len(args) :]]  # autograd holds them to the end
     args += tangents
     del results, saved
-    gradients = run_wrapper(sources[1], tape, args)
+    gradients = run_wrapper(recorded.sources[1], tape, args)
     end = tape.tick()
     kept = {g.buffer.id for g in gradients if getattr(g, "buffer", None)}
     timeline = _timeline(plan, tape, split, end, kept, recorded.partitioner.known)

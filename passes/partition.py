@@ -80,12 +80,12 @@ class Partitioner:
         if self.tiles is None:
             return joint
         if self.tiles != "auto":
-            return _tiled(joint, num_fwd_outputs, (self.tiles, False))
+            return _tiled(joint, num_fwd_outputs, (self.tiles, False), self.inner)
         if self.decided:  # for the graph as it was then
-            return _tiled(joint, num_fwd_outputs, self.tilings[0])
+            return _tiled(joint, num_fwd_outputs, self.tilings[0], self.inner)
         found = []
         for tiling in ((0, False), *((rows, widest) for widest in (True, False) for rows in ROWS)):
-            module = _tiled(joint, num_fwd_outputs, tiling)
+            module = _tiled(joint, num_fwd_outputs, tiling, self.inner)
             plan = self._made(self.step(module, num_fwd_outputs, parameters, mutated), fit=False)
             by_time = plan.fits and not self.smallest
             found.append((not plan.fits, plan.timeline.seconds if by_time else float(plan.peak), tiling, module))
@@ -180,11 +180,11 @@ class Partitioner:
         ]
 
 
-def _tiled(joint: fx.GraphModule, num_fwd_outputs: int, tiling: Tiling) -> fx.GraphModule:
+def _tiled(joint: fx.GraphModule, num_fwd_outputs: int, tiling: Tiling, inner: str) -> fx.GraphModule:
     """A tiled copy of a joint graph; its notes say what was tiled."""
     rows, widest = tiling
     module = copied(joint)
-    notes = tile.tile_all(module, num_fwd_outputs, rows, widest=widest) if rows else ()
+    notes = tile.tile_all(module, num_fwd_outputs, rows, inner=inner, widest=widest) if rows else ()
     if not any(n.target is tiled.OP for n in module.graph.nodes):
         module = copied(joint)  # untouched
     module.meta[tile.NOTES] = notes

@@ -46,8 +46,12 @@ class Loop:
     returned: tuple[fx.Node, ...]  # keep rows, or reduce
 
 
-def tile_all(joint: fx.GraphModule, num_fwd_outputs: int, rows: int, *, widest: bool = False) -> tuple[str, ...]:
-    """Tile all regions, or only the one with the widest results. Returns what was done, and what was not and why."""
+def tile_all(
+    joint: fx.GraphModule, num_fwd_outputs: int, rows: int, *, inner: str = "eager", widest: bool = False
+) -> tuple[str, ...]:
+    """Tile all regions, or only the one with the widest results; `inner` compiles their slices. Returns what was done,
+    and what was not and why.
+    """
     cross_entropy.take_apart(joint)
     notes = []
     seeds = [seed.name for seed in candidates(joint, num_fwd_outputs)]
@@ -56,7 +60,7 @@ def tile_all(joint: fx.GraphModule, num_fwd_outputs: int, rows: int, *, widest: 
         if seed is None:  # it went with another region
             continue
         source = next((line for line in map(source_line, seed.users) if line), wanted)
-        reason = tile(joint, seed, num_fwd_outputs, rows)
+        reason = tile(joint, seed, num_fwd_outputs, rows, inner)
         notes.append(f"not tiled, {source}: {reason}" if reason else f"tiled by {rows} rows: {source}")
     if not notes:
         notes.append("not tiled: no product of [sequences, tokens, width] makes its rows wider")
@@ -82,7 +86,7 @@ def candidates(joint: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
     return sorted(found, key=lambda n: -found[n])
 
 
-def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int) -> str:
+def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int, inner: str = "eager") -> str:
     """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the reason why
     it was not done; empty: it was.
     """
@@ -97,7 +101,7 @@ def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int) 
         return str(e)
     now: dict[fx.Node, fx.Node] = {}  # what was returned by a loop -> what stands for it
     for loop, body in zip(loops, bodies, strict=True):
-        _replace(joint, loop, body, rows, now)
+        _replace(joint, loop, body, (rows, inner), now)
     joint.graph = _sort(joint.graph)
     drop_dead_code(joint.graph)
     joint.graph.lint()
@@ -239,8 +243,8 @@ def _reaches(loop: Loop) -> bool:
     return not _ancestors(read).isdisjoint(loop.returned)
 
 
-def _replace(joint: fx.GraphModule, loop: Loop, body: Body, rows: int, now: dict[fx.Node, fx.Node]) -> None:
-    graph = joint.graph
+def _replace(joint: fx.GraphModule, loop: Loop, body: Body, how: tuple[int, str], now: dict[fx.Node, fx.Node]) -> None:
+    graph, (rows, inner) = joint.graph, how
     mode = detect_fake_mode([n.meta.get("val") for n in body.inputs])
     assert mode is not None
     with graph.inserting_before(graph.output_node()), mode:
@@ -248,7 +252,7 @@ def _replace(joint: fx.GraphModule, loop: Loop, body: Body, rows: int, now: dict
         sizes = [
             size if isinstance(size, int) else _size(graph, now.get(size[0], size[0]), size[1]) for size in body.sizes
         ]
-        call = graph.call_function(tiled.OP, (inputs, sizes, json.dumps(body.text), rows))
+        call = graph.call_function(tiled.OP, (inputs, sizes, json.dumps({**body.text, "inner": inner}), rows))
         call.meta["val"] = tiled.OP(*fx.map_arg(call.args, lambda n: n.meta["val"]))
         for key in ("stack_trace", "nn_module_stack"):
             if key in loop.nodes[0].meta:

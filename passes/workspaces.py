@@ -116,6 +116,8 @@ def _run(calls: Sequence[Call]) -> list[Inside]:
             try:
                 args, kwargs = pytree.tree_map(_real, (call.args, call.kwargs))
                 result = None
+                if call.target is tiled.OP:
+                    tiled.prepare(*args)
                 with record_function(f"{_MARK}{i}"):
                     for _ in _routings(call, args, kwargs):
                         del result

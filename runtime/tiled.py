@@ -12,6 +12,7 @@ A slice is some rows of one sequence, or some whole sequences. A body is
               {"size": dim}; what JSON has no word for is {"dtype": ...} or {"device": ...}, which is that of the inputs
     outputs   {"kind", "value", "dims", "dtype"}
     one       whether a slice may not have several sequences
+    inner     what compiles it: "inductor" or "eager"
 
 A dim is a list of factors, outermost first: a size, or a row axis [axis, start, size]: 0 for sequences and 1 for rows
 of each, where its rows start, and which of `sizes` it has. An output's `kind`: "rows" are put in their place, among
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memplan.runtime.compiled_body import Body, CompiledBody, Counts
 from memplan.runtime.tally import Tally
 
 Slice = tuple[tuple[int, int], tuple[int, int]]  # for each axis: where it starts, and how many
@@ -42,7 +44,7 @@ def tiled(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows:
     read = _read(body)
     totals = _made(read, inputs, sizes, zeros=True)
     for part in slices(sizes[0], sizes[1], rows, one=read["one"]):
-        run_slice(read, inputs, sizes, part, totals)
+        run_slice(read, inputs, sizes, part, totals, _compute(body))
     return [t.to(_dtype(out["dtype"])) for t, out in zip(totals, read["outputs"], strict=True)]
 
 
@@ -54,6 +56,16 @@ def _(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int
 
 
 OP: Any = torch.ops.memplan.tiled.default
+
+
+def prepare(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int) -> None:
+    """Generate the code that running it will need."""
+    read, compute = _read(body), _compute(body)
+    if not isinstance(compute, CompiledBody):
+        return
+    for part in slices(sizes[0], sizes[1], rows, one=read["one"]):
+        given = [_taken(t, dims, sizes, part) for t, dims in zip(inputs, read["inputs"], strict=True)]
+        compute.code((part[0][1], part[1][1]), given)
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,9 @@ def one_slice(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, r
     with _disable_current_modes():
         hollow = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in inputs]
         totals = _made(read, hollow, sizes, zeros=False)
+    largest = max(parts, key=lambda part: part[0][1] * part[1][1])
     with _disable_current_modes(), Tally([*hollow, *totals], keep=True) as tally:
-        run_slice(read, hollow, sizes, max(parts, key=lambda part: part[0][1] * part[1][1]), totals)
+        run_slice(read, hollow, sizes, largest, totals, functools.partial(_computed, read))
     accumulators = sum(t.nbytes for t, o in zip(totals, read["outputs"], strict=True) if t.dtype != _dtype(o["dtype"]))
     return OneSlice(tuple(tally.calls), tally.peak + accumulators, len(parts))
 
@@ -121,31 +134,64 @@ def run_slice(
     sizes: Sequence[int],
     part: Slice,
     totals: Sequence[torch.Tensor],
+    compute: Body,
 ) -> None:
-    device = inputs[0].device
-    values: list[Any] = [_taken(t, dims, sizes, part) for t, dims in zip(inputs, body["inputs"], strict=True)]
-    for (target, args, kwargs), done in zip(body["ops"], body["done"], strict=True):
-        given, named = ([_decoded(v, values, part, device) for v in some] for some in (args, kwargs.values()))
-        values.append(_op(target)(*given, **dict(zip(kwargs, named, strict=True))))
-        for k in done:
-            values[k] = None
+    """Compute the outputs of one slice, and put them in their places."""
+    given = [_taken(t, dims, sizes, part) for t, dims in zip(inputs, body["inputs"], strict=True)]
+    values = compute((part[0][1], part[1][1]), given)
+    del given
     for out, total in zip(body["outputs"], totals, strict=True):
         if out["kind"] == "rows":
-            _taken(total, out["dims"], sizes, part).copy_(values[out["value"]])
+            _taken(total, out["dims"], sizes, part).copy_(values.pop(0))
         elif out["kind"] == "sum":
-            total.add_(values[out["value"]])
+            total.add_(values.pop(0))
         else:
-            a, b = (values[k] for k in out["value"])
+            a, b = values.pop(0), values.pop(0)
             if a.dtype == total.dtype:
                 total.addmm_(a, b)
             else:
                 total.add_(a @ b)
 
 
+def _computed(body: dict[str, Any], counts: Counts, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The values of the outputs, of a product two, for slices of the inputs."""
+    device = given[0].device
+    values: list[Any] = list(given)
+    for (target, args, kwargs), done in zip(body["ops"], body["done"], strict=True):
+        now, named = ([_decoded(v, values, counts, device) for v in some] for some in (args, kwargs.values()))
+        values.append(_op(target)(*now, **dict(zip(kwargs, named, strict=True))))
+        for k in done:
+            values[k] = None
+    return [values[k] for k in body["returned"]]
+
+
+@functools.lru_cache(maxsize=256)
+def _compute(body: str) -> Body:
+    """What computes a slice of a body: the compiler that its text names, or its ops one by one."""
+    read = _read(body)
+    alone = functools.partial(_computed, read)
+
+    def shapes(counts: Counts, given: Sequence[torch.Tensor]) -> list[list[Any]]:
+        return [
+            [_count(dim, counts) if _has_rows(dim) else n for dim, n in zip(dims, t.shape, strict=True)]
+            for dims, t in zip(read["inputs"], given, strict=True)
+        ]
+
+    return CompiledBody(alone, shapes) if read["inner"] == "inductor" else alone
+
+
+def _has_rows(dim: Sequence[Any]) -> bool:
+    return any(not isinstance(factor, int) for factor in dim)
+
+
+def _count(dim: Sequence[Any], counts: Counts) -> Any:
+    return math.prod(f if isinstance(f, int) else counts[f[0]] for f in dim)
+
+
 def _taken(tensor: torch.Tensor, dims: Sequence[Sequence[Any]], sizes: Sequence[int], part: Slice) -> torch.Tensor:
     """The part of a tensor that belongs to a slice: a view."""
     for d, dim in enumerate(dims):
-        if any(not isinstance(factor, int) for factor in dim):
+        if _has_rows(dim):
             start, count = 0, 1
             for factor in dim:
                 if isinstance(factor, int):
@@ -157,15 +203,15 @@ def _taken(tensor: torch.Tensor, dims: Sequence[Sequence[Any]], sizes: Sequence[
     return tensor
 
 
-def _decoded(value: Any, values: Sequence[Any], part: Slice, device: torch.device) -> Any:
+def _decoded(value: Any, values: Sequence[Any], counts: Counts, device: torch.device) -> Any:
     if isinstance(value, list):
-        return [_decoded(v, values, part, device) for v in value]
+        return [_decoded(v, values, counts, device) for v in value]
     if not isinstance(value, dict):
         return value
     if "value" in value:
         return values[value["value"]]
     if "size" in value:
-        return math.prod(f if isinstance(f, int) else part[f[0]][1] for f in value["size"])
+        return _count(value["size"], counts)
     if "dtype" in value:
         return _dtype(value["dtype"])
     return device  # all is on that of the inputs
@@ -180,9 +226,11 @@ def _read(body: str) -> dict[str, Any]:
     for k, (_, args, kwargs) in enumerate(read["ops"]):
         last |= dict.fromkeys(_references([*args, *kwargs.values()]), k)
         last.setdefault(first + k, k)
-    for out in read["outputs"]:
-        for k in out["value"] if isinstance(out["value"], list) else [out["value"]]:
-            last.pop(k, None)
+    read["returned"] = [
+        k for out in read["outputs"] for k in (out["value"] if isinstance(out["value"], list) else [out["value"]])
+    ]
+    for k in read["returned"]:
+        last.pop(k, None)
     read["done"] = [[v for v, at in last.items() if at == k] for k in range(len(read["ops"]))]
     return read
 
