@@ -8,6 +8,7 @@ guard ties the compiled graph to one size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,3 +97,23 @@ def view_base(node: fx.Node) -> fx.Node | None:
 def has_effects(node: fx.Node) -> bool:
     """No result of its own, and still not to be left out: an assertion, a copy into an input, a collective."""
     return node.is_impure() or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they depend on."""
+    return _reached(nodes, lambda n: n.all_input_nodes)
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that depend on them."""
+    return _reached(nodes, lambda n: n.users)
+
+
+def _reached(nodes: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    seen, stack = set[fx.Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(follow(node))
+    return seen

@@ -27,7 +27,8 @@ def take_apart(joint: fx.GraphModule) -> None:
         def apart(
             *values: torch.Tensor, op: Any = table[node.target], names: Any = tuple(nodes), rest: Any = rest
         ) -> Any:
-            return op(**dict(zip(names, values, strict=True)), **rest)
+            results = op(**dict(zip(names, values, strict=True)), **rest)
+            return tuple(results) if isinstance(results, tuple) else results  # of its own type, it would be a node
 
         mode = detect_fake_mode([n.meta["val"] for n in nodes.values()])
         assert mode is not None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -27,11 +27,12 @@ from torch._guards import detect_fake_mode
 
 from memplan.passes import cross_entropy
 from memplan.passes.bodies import AXES, VIEWS, Body, NotTiled
-from memplan.passes.calls import name, tensors, view_base
+from memplan.passes.calls import ancestors, descendants, name, tensors, view_base
 from memplan.passes.capture import source_line
 from memplan.passes.compat import drop_dead_code, symbol_value
 from memplan.passes.layouts import Axis, Layout, has_rows, regroup, shape_of
 from memplan.passes.row_locality import Region, grow
+from memplan.passes.same_pass import between
 from memplan.runtime import tiled
 
 NOTES = "memplan_tiles"  # in a module's meta: what was tiled, and what not
@@ -44,6 +45,7 @@ class Loop:
 
     nodes: tuple[fx.Node, ...]
     returned: tuple[fx.Node, ...]  # keep rows, or reduce
+    tangent: fx.Node | None = None  # a scalar that is 1 inside, and multiplies what depends on it outside
 
 
 def tile_all(
@@ -60,8 +62,12 @@ def tile_all(
         if seed is None:  # it went with another region
             continue
         source = next((line for line in map(source_line, seed.users) if line), wanted)
-        reason = tile(joint, seed, num_fwd_outputs, rows, inner)
-        notes.append(f"not tiled, {source}: {reason}" if reason else f"tiled by {rows} rows: {source}")
+        try:
+            way = tile(joint, seed, num_fwd_outputs, rows, inner)
+        except NotTiled as e:
+            notes.append(f"not tiled, {source}: {e}")
+        else:
+            notes.append(f"tiled by {rows} rows, {way}: {source}")
     if not notes:
         notes.append("not tiled: no product of [sequences, tokens, width] makes its rows wider")
     return tuple(f"{note} (x{n})" if n > 1 else note for note, n in Counter(notes).items())
@@ -72,7 +78,7 @@ def candidates(joint: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
     the widest result comes first.
     """
     outputs: Any = joint.graph.output_node().args[0]
-    forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+    forward = ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
     found: dict[fx.Node, float] = {}
     for node in joint.graph.nodes:
         if node in forward and name(node.target) in ("mm", "addmm"):
@@ -87,18 +93,18 @@ def candidates(joint: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
 
 
 def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int, inner: str = "eager") -> str:
-    """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the reason why
-    it was not done; empty: it was.
+    """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the way: how its
+    backward gets what forward computed. Raises NotTiled, with the graph as it was.
     """
     shape = shape_of(seed.meta["val"])
     region = grow(seed, ((Axis(AXES[0], shape[0]),), (Axis(AXES[1], shape[1]),), (shape[2],)))
+    region, loops = find(joint, seed, region, num_fwd_outputs)
     try:
-        region, loops = find(joint, seed, region, num_fwd_outputs)
-        bodies = [Body.of(loop.nodes, loop.returned, region) for loop in loops]
-        if any(_reaches(loop) for loop in loops):
-            raise NotTiled("what the loop returns is read by something that the loop reads")
+        joined = [_joined(loops, region)]
+        bodies, way = _bodies(joined, region), "gradient in the same pass"
+        loops = joined
     except NotTiled as e:
-        return str(e)
+        bodies, way = _bodies(loops, region), f"computed again in backward ({e})"
     now: dict[fx.Node, fx.Node] = {}  # what was returned by a loop -> what stands for it
     for loop, body in zip(loops, bodies, strict=True):
         _replace(joint, loop, body, (rows, inner), now)
@@ -106,13 +112,30 @@ def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int, 
     drop_dead_code(joint.graph)
     joint.graph.lint()
     joint.recompile()
-    return ""
+    return way
+
+
+def _joined(loops: Sequence[Loop], region: Region) -> Loop:
+    """One loop in forward for both. Raises NotTiled."""
+    if len(loops) < 2:
+        raise NotTiled("nothing of it is needed there")
+    ahead, behind = loops
+    inner, tangent = between(ahead.nodes, behind.nodes, behind.returned, region)
+    order = {n: i for i, n in enumerate(tangent.graph.nodes)}
+    nodes = sorted({*ahead.nodes, *inner, *behind.nodes}, key=order.__getitem__)
+    return Loop(tuple(nodes), (*ahead.returned, *(n for n in behind.returned if n not in ahead.returned)), tangent)
+
+
+def _bodies(loops: Sequence[Loop], region: Region) -> list[Body]:
+    if any(_reaches(loop) for loop in loops):
+        raise NotTiled("what the loop returns is read by something that the loop reads")
+    return [Body.of(loop.nodes, loop.returned, region) for loop in loops]
 
 
 def find(joint: fx.GraphModule, seed: fx.Node, region: Region, num_fwd_outputs: int) -> tuple[Region, list[Loop]]:
     """The loop of forward and that of backward, and the region with what they absorb. Raises NotTiled."""
     outputs: Any = joint.graph.output_node().args[0]
-    forward = _ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+    forward = ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
     limit = WIDER * _elements(seed)
     wide = {n for n in _near(seed, region, limit) if _elements(n) >= limit}
     ahead = _between(wide & forward, region)
@@ -120,7 +143,7 @@ def find(joint: fx.GraphModule, seed: fx.Node, region: Region, num_fwd_outputs: 
         raise NotTiled("nothing in forward is wider than the rows it comes from")
     found = [_loop(ahead, region, lambda user: user in forward)]
     behind = _between(wide - forward, region) - forward
-    again = ahead & _ancestors([*behind, *(u for n in ahead for u in n.users if u not in forward)])
+    again = ahead & ancestors([*behind, *(u for n in ahead for u in n.users if u not in forward)])
     if behind or again:
         found.append(_loop(behind | again, region, lambda user: user not in forward))
     region, found = _absorbing(region, found, limit)
@@ -206,21 +229,11 @@ def _loop(core: set[fx.Node], region: Region, counts: Callable[[fx.Node], bool])
 
 def _between(wide: Collection[fx.Node], region: Region) -> set[fx.Node]:
     """Wide nodes, and what leads from one to another inside the region."""
-    before, after = _ancestors(wide), set[fx.Node]()
+    before, after = ancestors(wide), set[fx.Node]()
     for node in region.keeps:
         if node in wide or any(n in after for n in node.all_input_nodes):
             after.add(node)
     return {n for n in after if n in before}
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    seen, stack = set[fx.Node](), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
 
 
 def _elements(node: fx.Node) -> float:
@@ -240,7 +253,7 @@ def _reaches(loop: Loop) -> bool:
     """Whether something that the loop reads depends on what it returns."""
     inside = set(loop.nodes)
     read = {n for node in (*loop.nodes, *loop.returned) for n in node.all_input_nodes} - inside
-    return not _ancestors(read).isdisjoint(loop.returned)
+    return not ancestors(read).isdisjoint(loop.returned)
 
 
 def _replace(joint: fx.GraphModule, loop: Loop, body: Body, how: tuple[int, str], now: dict[fx.Node, fx.Node]) -> None:
@@ -248,7 +261,9 @@ def _replace(joint: fx.GraphModule, loop: Loop, body: Body, how: tuple[int, str]
     mode = detect_fake_mode([n.meta.get("val") for n in body.inputs])
     assert mode is not None
     with graph.inserting_before(graph.output_node()), mode:
-        inputs = [now.get(n, n) for n in body.inputs]
+        units = _units(graph, loop.tangent, body.inputs) if loop.tangent is not None else {}
+        scaled = descendants(units)
+        inputs = [units.get(n) or now.get(n, n) for n in body.inputs]
         sizes = [
             size if isinstance(size, int) else _size(graph, now.get(size[0], size[0]), size[1]) for size in body.sizes
         ]
@@ -260,8 +275,22 @@ def _replace(joint: fx.GraphModule, loop: Loop, body: Body, how: tuple[int, str]
         for k, node in enumerate(loop.returned):
             new = graph.call_function(getitem, (call, k))
             new.meta = dict(node.meta) | {"val": call.meta["val"][k]}
+            if node in scaled:
+                new = graph.call_function(torch.ops.aten.mul.Tensor, (new, loop.tangent))
+                new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             now[node] = new
+
+
+def _units(graph: fx.Graph, tangent: fx.Node, wanted: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Copies of what leads from the tangent to `wanted`, with 1 for the tangent; they belong to forward."""
+    like = tangent.meta["val"]
+    one = graph.call_function(torch.ops.aten.full.default, ([], 1), {"dtype": like.dtype, "device": like.device})
+    one.meta["val"] = one.target([], 1, **one.kwargs)  # type: ignore[operator]
+    units = {tangent: one}
+    for node in sorted(descendants([tangent]) & ancestors(wanted) - {tangent}):
+        units[node] = graph.node_copy(node, lambda n: units.get(n, n))
+    return units
 
 
 def _size(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
