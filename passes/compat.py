@@ -7,10 +7,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import getitem
 from typing import Any
-from unittest import mock
 
 import torch
 import torch._inductor.config
@@ -154,28 +153,3 @@ def replay_random(graph: fx.Graph, node: fx.Node, state: fx.Node, made: Mapping[
     new = graph.call_function(torch._prims.rng_prims.run_with_rng_state, (state, *given), kwargs)
     new.meta = dict(node.meta)
     return new
-
-
-PART = "memplan_part"  # in a node's meta: which part of a graph it belongs to
-
-
-@contextlib.contextmanager
-def parts_stay_apart() -> Iterator[None]:
-    """While it is open, Inductor fuses nothing across parts, and so keeps their order: its scheduler starts from the
-    graph's order and moves ops only to fuse them.
-    """
-    from torch._inductor.scheduler import Scheduler
-
-    can_fuse: Any = Scheduler.can_fuse
-
-    def apart(self: Any, first: Any, second: Any, *args: Any, **more: Any) -> bool:
-        return _part(first) == _part(second) and can_fuse(self, first, second, *args, **more)
-
-    with mock.patch.object(Scheduler, "can_fuse", apart):
-        yield
-
-
-def _part(kernel: Any) -> int:
-    """The latest part of what was inlined into a kernel."""
-    origins = (origin for one in kernel.get_nodes() for origin in getattr(one.node, "origins", ()))
-    return max((origin.meta.get(PART, 0) for origin in origins), default=0)

@@ -24,9 +24,8 @@ from torch._inductor.graph import GraphLowering
 
 from memplan.errors import MemplanError
 from memplan.ir import Block, Budget, Held, Kind, Moment, Plan, Timeline
-from memplan.passes import workspaces
+from memplan.passes import kernel_order, workspaces
 from memplan.passes.calls import Sizes
-from memplan.passes.compat import parts_stay_apart
 from memplan.passes.dispatch import Compiled
 from memplan.passes.partition import Partitioner, SizesGiven, copied
 from memplan.passes.phases import has_backward
@@ -146,11 +145,12 @@ def _compile(
     recorded = _Recorded(partitioner)
     # Without `reorder` ops stay in the plan's order: Inductor's own knows nothing of recomputation just in time.
     # And of graphs with a backward inside it would move gradients of weights to where they are added up.
-    patches = {"reorder_for_peak_memory": reorder, "reorder_for_locality": False} | config
+    # A buffer that is to be used again would be held until then. A kernel's output may still take its input's place.
+    patches = {"reorder_for_peak_memory": reorder, "reorder_for_locality": False, "allow_buffer_reuse": False} | config
     patches |= {"custom_partitioner_fn": recorded, "joint_custom_post_pass": _Whole(recorded)}
     with (
         mock.patch.object(GraphLowering, "save_output_code", recorded.sources.append),
-        parts_stay_apart(),
+        kernel_order.kept(),
         # AOTAutograd's own cache would skip the partitioner: no plan, and no check of what is generated.
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
     ):

@@ -21,7 +21,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import is_sym_node
 
 from memplan.ir import Plan, Run
-from memplan.passes.compat import PART, replay_random, save_random
+from memplan.passes.compat import replay_random, save_random
+from memplan.passes.kernel_order import PART
 
 Made = dict[fx.Node, fx.Node]  # a node of the old graph -> what stands for it now in the new one
 
