@@ -19,13 +19,14 @@ from memplan.ir import Budget, Held, Machine, Plan, Step
 from memplan.passes import capture, tile, workspaces
 from memplan.passes.calls import Call
 from memplan.passes.one_graph import rewrite
-from memplan.passes.phases import hoist
+from memplan.passes.phases import hoist, leading
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
 from memplan.passes.torch_policies import saved_sets
 from memplan.runtime import tiled
 
+SURE = 1.1  # times are estimates: what is to be sliced without need must be predicted to be this much faster so
 ROWS = (512, 256, 128)  # of a slice: what "auto" looks at
 
 Tiling = tuple[int, bool]  # rows of a slice, 0: none; and whether only the region with the widest results is tiled
@@ -74,21 +75,29 @@ class Partitioner:
     def tiled(
         self, joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int], mutated: Collection[int]
     ) -> fx.GraphModule:
-        """A prepared joint graph, tiled as option `tiles` says: its regions in slices of so many rows, or, "auto", as
-        the fastest plan that fits has it.
+        """A prepared joint graph, tiled."""
+        given = num_fwd_outputs, parameters, mutated
+        return self._in_slices(joint, tile.forward_of_joint(num_fwd_outputs), lambda module: self.step(module, *given))
+
+    def _in_slices(
+        self, graph: fx.GraphModule, forward_of: tile.ForwardOf, step_of: Callable[[fx.GraphModule], Step]
+    ) -> fx.GraphModule:
+        """A prepared graph, tiled as option `tiles` says: its regions in slices of so many rows, or, "auto", as the
+        fastest plan that fits has it.
         """
         if self.tiles is None:
-            return joint
+            return graph
         if self.tiles != "auto":
-            return _tiled(joint, num_fwd_outputs, (self.tiles, False), self.inner)
+            return _tiled(graph, forward_of, (self.tiles, False), self.inner)
         if self.decided:  # for the graph as it was then
-            return _tiled(joint, num_fwd_outputs, self.tilings[0], self.inner)
+            return _tiled(graph, forward_of, self.tilings[0], self.inner)
         found = []
         for tiling in ((0, False), *((rows, widest) for widest in (True, False) for rows in ROWS)):
-            module = _tiled(joint, num_fwd_outputs, tiling, self.inner)
-            plan = self._made(self.step(module, num_fwd_outputs, parameters, mutated), fit=False)
+            module = _tiled(graph, forward_of, tiling, self.inner)
+            plan = self._made(step_of(module), fit=False)
             by_time = plan.fits and not self.smallest
-            found.append((not plan.fits, plan.timeline.seconds if by_time else float(plan.peak), tiling, module))
+            seconds = plan.timeline.seconds * (SURE if tiling[0] else 1.0)
+            found.append((not plan.fits, seconds if by_time else float(plan.peak), tiling, module))
         *_, tiling, module = min(found, key=lambda f: f[:2])
         if not any(tiling):  # then what could not be
             everything: tuple[str, ...] = found[-1][-1].meta[tile.NOTES]
@@ -113,9 +122,11 @@ class Partitioner:
         """Plan a graph with its backward inside, and put the planned one in its place."""
         capture.prepare(graph)
         hoist(graph)
-        original = copied(graph)  # what follows from other sizes is read from it
         # What runs beside it, before and after, keeps nothing of it: it need not be the smallest because of that.
         alone = dataclasses.replace(self, smallest=self.smallest and not self.several)
+        # What follows from other sizes is read from the original.
+        original = alone._in_slices(copied(graph), leading, alone.whole_step)
+        graph.graph = copied(original).graph
         rewrite(graph, alone._planned(lambda by: by.whole_step(original)))
 
     def _planned(self, step_of: Callable[[Partitioner], Step]) -> Plan:
@@ -140,9 +151,7 @@ class Partitioner:
             title=self.title,
             sizes=self.sizes,
         )
-        notes = (*self.notes, *self.held.notes, *step.notes)
-        if self.tiles is not None:
-            notes = (*notes, "not tiled: its backward is inside the graph, where no region is looked for yet")
+        notes = (*self.notes, *self.held.notes, *graph.meta.get(tile.NOTES, ()), *step.notes)
         return dataclasses.replace(step, held=self.held, notes=notes)
 
     def step(
@@ -180,13 +189,13 @@ class Partitioner:
         ]
 
 
-def _tiled(joint: fx.GraphModule, num_fwd_outputs: int, tiling: Tiling, inner: str) -> fx.GraphModule:
-    """A tiled copy of a joint graph; its notes say what was tiled."""
+def _tiled(graph: fx.GraphModule, forward_of: tile.ForwardOf, tiling: Tiling, inner: str) -> fx.GraphModule:
+    """A tiled copy of a graph; its notes say what was tiled."""
     rows, widest = tiling
-    module = copied(joint)
-    notes = tile.tile_all(module, num_fwd_outputs, rows, inner=inner, widest=widest) if rows else ()
+    module = copied(graph)
+    notes = tile.tile_all(module, forward_of, rows, inner=inner, widest=widest) if rows else ()
     if not any(n.target is tiled.OP for n in module.graph.nodes):
-        module = copied(joint)  # untouched
+        module = copied(graph)  # untouched
     module.meta[tile.NOTES] = notes
     return module
 

@@ -64,7 +64,7 @@ class Part(NamedTuple):
 def phases(graph: fx.GraphModule) -> list[Part]:
     """The parts of a graph with backward inside, in order."""
     nodes = list(graph.graph.nodes)
-    leads = _leading(nodes)
+    leads = leading(graph)
     out = [Part("forward 1", "forward", 0, set())]
     inside = _inside(nodes, leads)
     for node in nodes:
@@ -84,8 +84,9 @@ def phases(graph: fx.GraphModule) -> list[Part]:
     return out
 
 
-def _leading(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def leading(graph: fx.GraphModule) -> set[fx.Node]:
     """Nodes that lead to a backward and depend on none."""
+    nodes = list(graph.graph.nodes)
     leads, depends = set[fx.Node](), set[fx.Node]()
     for node in nodes:
         if is_backward(node) or any(n in depends for n in node.all_input_nodes):

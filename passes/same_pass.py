@@ -32,25 +32,25 @@ FILLS = ("full", "full_like", "zeros", "zeros_like", "new_zeros")
 
 def between(
     ahead: Iterable[fx.Node], behind: Iterable[fx.Node], results: Iterable[fx.Node], region: Region
-) -> tuple[set[fx.Node], fx.Node]:
-    """What lies between the loops of forward and backward, and belongs to one that does the work of both; the tangent.
-    `results`: of the loop of backward. Raises NotTiled where one loop would not do.
+) -> tuple[set[fx.Node], fx.Node | None]:
+    """What lies between the loops of forward and backward, and belongs to one that does the work of both; the tangent,
+    if there is one: where backward is inside of the graph it is the number 1. `results`: of the loop of backward.
+    Raises NotTiled where one loop would not do.
     """
     wanted = ancestors(behind) | set(results)
+    inner = descendants(n for n in ahead if n in region.turn) & wanted - set(results)
+    if not inner <= region.keeps.keys():
+        raise NotTiled("what leads from it to the loss is not computed row by row")
     tangents = [n for n in wanted if n.op == "placeholder" and n.name.startswith("tangents")]
-    if len(tangents) != 1 or tangents[0].meta["val"].dim() > 0:
-        raise NotTiled("the gradient it starts from is not that of one loss")
+    if len(tangents) > 1 or any(n.meta["val"].dim() > 0 for n in tangents):
+        raise NotTiled("it does not start from the gradient of one loss")
     scaled = descendants(tangents) & wanted
     if any(t.dtype is torch.float16 for n in scaled for t in tensors(n.meta.get("val"))):
         raise NotTiled("its gradients are float16, which a loss scale keeps from vanishing")
     for node in scaled - set(tangents):
         if not _proportional(node, scaled):
-            raise NotTiled(f"{node.name} is not proportional to the loss's gradient")
-    inner = descendants(n for n in ahead if n in region.turn) & wanted
-    for node in inner - set(results):
-        if node not in region.keeps:
-            raise NotTiled(f"backward needs {node.name} of all rows")
-    return inner - set(results), tangents[0]
+            raise NotTiled(f"{node.target} is not known to be proportional to the loss's gradient")
+    return inner, tangents[0] if tangents else None
 
 
 def _proportional(node: fx.Node, scaled: Collection[fx.Node]) -> bool:

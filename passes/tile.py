@@ -31,10 +31,12 @@ from memplan.passes.calls import ancestors, descendants, name, tensors, view_bas
 from memplan.passes.capture import source_line
 from memplan.passes.compat import drop_dead_code, symbol_value
 from memplan.passes.layouts import Axis, Layout, has_rows, regroup, shape_of
+from memplan.passes.phases import is_backward
 from memplan.passes.row_locality import Region, grow
 from memplan.passes.same_pass import between
 from memplan.runtime import tiled
 
+ForwardOf = Callable[[fx.GraphModule], set[fx.Node]]
 NOTES = "memplan_tiles"  # in a module's meta: what was tiled, and what not
 WIDER = 1.5  # a node is wide if it has this many times the bytes of the seed
 
@@ -48,22 +50,33 @@ class Loop:
     tangent: fx.Node | None = None  # a scalar that is 1 inside, and multiplies what depends on it outside
 
 
+def forward_of_joint(num_fwd_outputs: int) -> ForwardOf:
+    """Of a joint graph: what its first results depend on."""
+
+    def forward(joint: fx.GraphModule) -> set[fx.Node]:
+        outputs: Any = joint.graph.output_node().args[0]
+        return ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+
+    return forward
+
+
 def tile_all(
-    joint: fx.GraphModule, num_fwd_outputs: int, rows: int, *, inner: str = "eager", widest: bool = False
+    joint: fx.GraphModule, forward_of: ForwardOf, rows: int, *, inner: str = "eager", widest: bool = False
 ) -> tuple[str, ...]:
-    """Tile all regions, or only the one with the widest results; `inner` compiles their slices. Returns what was done,
-    and what was not and why.
+    """Tile all regions, or only the one with the widest results; `inner` compiles the slices. `forward_of` says which
+    nodes of the graph are forward. Returns what was done, and what was not and why.
     """
     cross_entropy.take_apart(joint)
+    _free_seeds(joint.graph)
     notes = []
-    seeds = [seed.name for seed in candidates(joint, num_fwd_outputs)]
+    seeds = [seed.name for seed in candidates(joint, forward_of)]
     for wanted in seeds[:1] if widest else seeds:
         seed = next((n for n in joint.graph.nodes if n.name == wanted), None)
         if seed is None:  # it went with another region
             continue
         source = next((line for line in map(source_line, seed.users) if line), wanted)
         try:
-            way = tile(joint, seed, num_fwd_outputs, rows, inner)
+            way = tile(joint, seed, forward_of, rows, inner)
         except NotTiled as e:
             notes.append(f"not tiled, {source}: {e}")
         else:
@@ -73,12 +86,20 @@ def tile_all(
     return tuple(f"{note} (x{n})" if n > 1 else note for note, n in Counter(notes).items())
 
 
-def candidates(joint: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
+def _free_seeds(graph: fx.Graph) -> None:
+    """ones_like(loss), which starts a backward inside of a graph, does not depend on the loss."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.ones_like.default):
+        value = node.meta["val"]
+        if value.dim() == 0:
+            node.target, node.args = torch.ops.aten.full.default, ([], 1)
+            node.kwargs = {"dtype": value.dtype, "device": value.device}
+
+
+def candidates(joint: fx.GraphModule, forward_of: ForwardOf) -> list[fx.Node]:
     """What a region may grow from, [sequences, tokens, width]: what products read whose results are wider. The one with
     the widest result comes first.
     """
-    outputs: Any = joint.graph.output_node().args[0]
-    forward = ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+    forward = forward_of(joint)
     found: dict[fx.Node, float] = {}
     for node in joint.graph.nodes:
         if node in forward and name(node.target) in ("mm", "addmm"):
@@ -92,13 +113,13 @@ def candidates(joint: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
     return sorted(found, key=lambda n: -found[n])
 
 
-def tile(joint: fx.GraphModule, seed: fx.Node, num_fwd_outputs: int, rows: int, inner: str = "eager") -> str:
+def tile(joint: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int, inner: str = "eager") -> str:
     """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the way: how its
     backward gets what forward computed. Raises NotTiled, with the graph as it was.
     """
     shape = shape_of(seed.meta["val"])
     region = grow(seed, ((Axis(AXES[0], shape[0]),), (Axis(AXES[1], shape[1]),), (shape[2],)))
-    region, loops = find(joint, seed, region, num_fwd_outputs)
+    region, loops = find(joint, seed, region, forward_of)
     try:
         joined = [_joined(loops, region)]
         bodies, way = _bodies(joined, region), "gradient in the same pass"
@@ -121,8 +142,7 @@ def _joined(loops: Sequence[Loop], region: Region) -> Loop:
         raise NotTiled("nothing of it is needed there")
     ahead, behind = loops
     inner, tangent = between(ahead.nodes, behind.nodes, behind.returned, region)
-    order = {n: i for i, n in enumerate(tangent.graph.nodes)}
-    nodes = sorted({*ahead.nodes, *inner, *behind.nodes}, key=order.__getitem__)
+    nodes = sorted({*ahead.nodes, *inner, *behind.nodes})
     return Loop(tuple(nodes), (*ahead.returned, *(n for n in behind.returned if n not in ahead.returned)), tangent)
 
 
@@ -132,10 +152,9 @@ def _bodies(loops: Sequence[Loop], region: Region) -> list[Body]:
     return [Body.of(loop.nodes, loop.returned, region) for loop in loops]
 
 
-def find(joint: fx.GraphModule, seed: fx.Node, region: Region, num_fwd_outputs: int) -> tuple[Region, list[Loop]]:
+def find(joint: fx.GraphModule, seed: fx.Node, region: Region, forward_of: ForwardOf) -> tuple[Region, list[Loop]]:
     """The loop of forward and that of backward, and the region with what they absorb. Raises NotTiled."""
-    outputs: Any = joint.graph.output_node().args[0]
-    forward = ancestors(n for n in outputs[:num_fwd_outputs] if isinstance(n, fx.Node))
+    forward = forward_of(joint)
     limit = WIDER * _elements(seed)
     wide = {n for n in _near(seed, region, limit) if _elements(n) >= limit}
     ahead = _between(wide & forward, region)
@@ -181,8 +200,7 @@ def _absorbing(region: Region, loops: Sequence[Loop], limit: float) -> tuple[Reg
                     keeps[node] = layout
                     nodes.add(node)
                     stack.append(node)
-        order = {n: i for i, n in enumerate(loop.nodes[0].graph.nodes)}
-        out.append(Loop(tuple(sorted(nodes, key=order.__getitem__)), loop.returned))
+        out.append(Loop(tuple(sorted(nodes)), loop.returned))
     return Region(keeps, region.ends, region.turn), out
 
 
@@ -222,9 +240,8 @@ def _loop(core: set[fx.Node], region: Region, counts: Callable[[fx.Node], bool])
             if not isinstance(user.meta.get("val"), torch.Tensor):
                 raise NotTiled(f"{user.name} makes several tensors of {node.name}, and they are all needed")
             returned[user] = None
-    order = {n: i for i, n in enumerate(next(iter(core)).graph.nodes)}
-    nodes = sorted({*core, *(n for n in returned if n in region.keeps)}, key=order.__getitem__)
-    return Loop(tuple(nodes), tuple(sorted(returned, key=order.__getitem__)))
+    nodes = sorted({*core, *(n for n in returned if n in region.keeps)})
+    return Loop(tuple(nodes), tuple(sorted(returned)))
 
 
 def _between(wide: Collection[fx.Node], region: Region) -> set[fx.Node]:
@@ -269,9 +286,8 @@ def _replace(joint: fx.GraphModule, loop: Loop, body: Body, how: tuple[int, str]
         ]
         call = graph.call_function(tiled.OP, (inputs, sizes, json.dumps({**body.text, "inner": inner}), rows))
         call.meta["val"] = tiled.OP(*fx.map_arg(call.args, lambda n: n.meta["val"]))
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in loop.nodes[0].meta:
-                call.meta[key] = loop.nodes[0].meta[key]
+        where = loop.nodes[0].meta | {"autograd_backward": all(map(is_backward, loop.returned))}
+        call.meta |= {k: where[k] for k in ("stack_trace", "nn_module_stack", "autograd_backward") if k in where}
         for k, node in enumerate(loop.returned):
             new = graph.call_function(getitem, (call, k))
             new.meta = dict(node.meta) | {"val": call.meta["val"][k]}
