@@ -44,7 +44,7 @@ def tiled(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows:
     read = _read(body)
     totals = _made(read, inputs, sizes, zeros=True)
     for part in slices(sizes[0], sizes[1], rows, one=read["one"]):
-        run_slice(read, inputs, sizes, part, totals, _compute(body))
+        run_slice(read, inputs, sizes, part, totals, runner(body))
     return [t.to(_dtype(out["dtype"])) for t, out in zip(totals, read["outputs"], strict=True)]
 
 
@@ -60,7 +60,7 @@ OP: Any = torch.ops.memplan.tiled.default
 
 def prepare(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int) -> None:
     """Generate the code that running it will need."""
-    read, compute = _read(body), _compute(body)
+    read, compute = _read(body), runner(body)
     if not isinstance(compute, CompiledBody):
         return
     for part in slices(sizes[0], sizes[1], rows, one=read["one"]):
@@ -166,7 +166,7 @@ def _computed(body: dict[str, Any], counts: Counts, given: Sequence[torch.Tensor
 
 
 @functools.lru_cache(maxsize=256)
-def _compute(body: str) -> Body:
+def runner(body: str) -> Body:
     """What computes a slice of a body: the compiler that its text names, or its ops one by one."""
     read = _read(body)
     alone = functools.partial(_computed, read)

@@ -20,7 +20,7 @@ from memplan.backend import memplan_backend
 from memplan.passes.calls import view_base
 from memplan.passes.tile import forward_of_joint, tile_all
 from memplan.runtime import tiled
-from memplan.runtime.tiled import slices
+from memplan.runtime.tiled import runner, slices
 from tests.accuracy import exact_gradients, gradients, rms_error
 from tests.joint_graphs import joint_of
 from tests.models import CASES, Case, Sample, language_model
@@ -187,6 +187,62 @@ def test_losses(inner: str) -> None:
     assert set(left) == {"logits returned", "centred", "shifted, and not"}, left
     assert all("not tiled" in note and ": " in note for notes in left.values() for note in notes)
     assert "return the loss" in left["logits returned"][0]
+
+
+class Squashed(torch.autograd.Function):
+    """Somebody's own gradient, which is not proportional to what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return g.clamp(-1e-2, 1e-2)
+
+
+WAYS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "one loss": (lambda z: -selected(z).mean(), "gradient in the same pass"),
+    "clipped gradients": (lambda z: -selected(Squashed.apply(z)).mean(), "clamp.default is not known to be prop"),
+    "float16": (lambda z: -selected(z.half()).mean(), "float16, which a loss scale keeps"),
+    "sequences": (lambda z: (selected(z).mean(-1).exp() * GAIN).mean(), "is not computed row by row"),
+    "log-probs": (lambda z: selected(z), "not start from the gradient of one loss"),
+    "two losses": (lambda z: (-selected(z).mean(), entropy(z).mean()), "not start from the gradient of one loss"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo does it
+@pytest.mark.parametrize("what", WAYS)
+def test_the_gradient_comes_in_the_same_pass_where_it_is_a_multiple_of_the_loss_s(what: str) -> None:
+    loss, way = WAYS[what]
+    model = Head().double()
+    graph, inputs = joint_of(lambda x: loss(model(x)[1]), ROWS, "eager")
+    given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
+    inputs = [*inputs[:-1], *(torch.full(t.shape, 1.5, dtype=t.dtype) for t in given)]
+    before = list(fx.Interpreter(graph).run(*inputs))
+    (note,) = tile_all(graph, forward_of_joint(len(given)), 5)
+    assert way in note and loops(graph) == (1 if "same pass" in note else 2)
+    assert same(before, list(fx.Interpreter(graph).run(*inputs)), 2e-3 if what == "float16" else 1e-12)
+
+
+@pytest.mark.parametrize("what", ["clipped, k3", "torch's cross entropy", "sequence ratio"])
+def test_compiled_slices(what: str) -> None:
+    """As many rows as the model is wide, and a remainder; then another length, with the same code."""
+    model, tiles = Head().double(), []
+    for length in (2 * D, 2 * D + 3, D + 5):
+        x = torch.linspace(-2, 2, B * length * D, dtype=torch.float64).sin().view(B, length, D)
+        labels = (torch.arange(B * length) * 7 % V).view(B, length)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "LABELS", labels)
+            patch.setitem(globals(), "OLD", torch.full((B, length), -3.5, dtype=torch.float64))
+            torch._dynamo.reset()
+            graph, inputs = joint_of(lambda x: LOSSES[what](model, *model(x)), x, "inductor")
+        before = run(graph, inputs)
+        tile_all(graph, forward_of_joint(1), D, inner="inductor")
+        assert same(before, run(graph, inputs), 1e-12)
+        tiles += [n.args[2] for n in graph.graph.nodes if n.target is tiled.OP]
+    codes = [codes for body in set(tiles) for codes in runner(body).made.values()]
+    assert codes and all(len(some) <= 2 for some in codes)  # for the first strides, and for any
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
