@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memplan.ir import Machine, Plan, Timeline
@@ -19,7 +19,7 @@ def plan(
     policy: Any = "greedy",
     inner: str = "inductor",
     optimizer: Any = None,
-    tiles: int | str | None = None,
+    tiles: int | str | Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan for `step(*batch)` inside `budget`, made on fake tensors.
 
@@ -29,7 +29,8 @@ def plan(
         learn the memory inside it. For another machine nothing is run at all.
     optimizer: what will update the parameters: "adamw", or a function that makes it from parameters, or itself; None:
         the one that has them by now. Its states count, and what its step takes.
-    tiles: the most rows of a slice, for every region that can run in slices, or "auto"; None: no slices.
+    tiles: the most rows of a slice, for every region that can run in slices; {"lm_head": 256} for those in a module or
+        at a source line; or "auto": as the fastest plan that fits has it; None: no slices.
     inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.

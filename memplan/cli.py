@@ -50,7 +50,7 @@ def plan(arguments: argparse.Namespace) -> int:
             policy=options.policy,
             inner=options.inner,
             optimizer=options.optimizer,
-            tiles=options.tiles,
+            tiles=arguments.tiles,
         )
     print(serialize.to_json(made) if arguments.json else made)
     if options.out:
@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
     command.add_argument("--inner", choices=("inductor", "eager"), help="what will run the graphs; default inductor")
     command.add_argument("--optimizer", help="torch.optim's name of it, such as adamw: its states and its step count")
-    command.add_argument("--tiles", type=_rows, help='the most rows of a slice, or "auto"; default: no slices')
+    command.add_argument(
+        "--tiles", type=_rows, help='rows of a slice, lm_head=256,mlp=1024, or "auto"; default: no slices'
+    )
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
 
@@ -123,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rows(text: str) -> int | str:
+def _rows(text: str) -> int | str | dict[str, int | str]:
+    """256, "auto", or "lm_head=256,mlp=1024"."""
+    if "=" in text:
+        return {place: _rows(rows) for place, _, rows in (pin.rpartition("=") for pin in text.split(","))}  # type: ignore[misc]
     return int(text) if text.isdigit() else text
 
 

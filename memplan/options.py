@@ -39,8 +39,8 @@ class Options:
     `out`: the file to which the plan is saved, .json or .png.
     `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
     it, or a function that makes it from parameters, or itself.
-    `tiles`: the most rows of a slice, for every region that can run in slices; "auto": as the fastest plan that fits
-    has it; None: no slices.
+    `tiles`: the most rows of a slice, for every region that can run in slices; {"lm_head": 256}, for those in a module
+    or at a source line ("model.py:210"); "auto": as the fastest plan that fits has it; None: no slices.
     `limits`: the largest sizes to come, {"batch": 8, "tokens": 20480}, for which a step of varying sizes is planned.
     """
 
@@ -52,7 +52,7 @@ class Options:
     out: str | None = None
     limits: tuple[tuple[str, int], ...] = ()
     optimizer: Any = None
-    tiles: int | Literal["auto"] | None = None
+    tiles: int | tuple[tuple[str, int], ...] | Literal["auto"] | None = None
 
     @staticmethod
     def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
@@ -82,14 +82,8 @@ class Options:
                 f"option 'optimizer' is {optimizer!r}: give torch.optim's name of it, the optimizer itself, or a "
                 "function that makes it from parameters"
             )
-        tiles = values.get("tiles")
-        if not (
-            tiles is None or tiles == "auto" or (isinstance(tiles, int) and not isinstance(tiles, bool) and tiles > 1)
-        ):
-            raise MemplanError(
-                f"option 'tiles' is {tiles!r}: give the most rows of a slice, an int of at least 2 (a slice of one row "
-                "would take other kernels), or 'auto'; leave it out for no slices"
-            )
+        if "tiles" in values:
+            values["tiles"] = _tiles(values["tiles"])
         inner = values.get("inner", "inductor")
         if inner not in ("inductor", "eager"):
             raise MemplanError(f"option 'inner' is {inner!r}: it is 'inductor' or 'eager'")
@@ -106,6 +100,22 @@ class Options:
             values["out"] = str(values["out"])
         limits = _sizes(values.get("limits", {}))
         return Options(**values | {"inductor": tuple(inductor.items()), "limits": limits})
+
+
+def _tiles(given: object) -> Any:
+    """Rows of a slice, "auto", or what places are given as pairs."""
+    pins = given if isinstance(given, Mapping) and given else {"": given}
+    if given == "auto":
+        return given
+    for place, rows in pins.items():
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 2 or not isinstance(place, str):
+            where = f" for {place!r}" if place else ""
+            raise MemplanError(
+                f"option 'tiles' is {rows!r}{where}: give the most rows of a slice, an int of at least 2 (a slice of "
+                "one row would take other kernels), {'lm_head': 256} for some places, or 'auto'; leave it out for no "
+                "slices"
+            )
+    return tuple(pins.items()) if isinstance(given, Mapping) else given
 
 
 def _is_optimizer(value: object) -> bool:

@@ -117,3 +117,12 @@ def _reached(nodes: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.N
             seen.add(node)
             stack.extend(follow(node))
     return seen
+
+
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph that a compiler may own, over the same parameters and fake values."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph.graph, {}))
+    module = fx.GraphModule(graph, new)
+    module.meta = dict(graph.meta)
+    return module

@@ -23,9 +23,9 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from memplan.errors import DoesNotFit
 from memplan.ir import Budget, Decision, Held, Machine, Plan, Step
-from memplan.passes.calls import Sizes
+from memplan.passes.calls import Sizes, copied
 from memplan.passes.compat import dimension
-from memplan.passes.partition import Partitioner, Resized, SizesGiven, copied
+from memplan.passes.partition import Partitioner, Resized, SizesGiven
 from memplan.passes.whole_step import WholeStep
 from memplan.runtime.held import Watch
 

@@ -13,9 +13,10 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from memplan.ir import Plan
+from memplan.passes.calls import copied
 from memplan.passes.compat import random_draws_stay
 from memplan.passes.dispatch import Compiled
-from memplan.passes.partition import Partitioner, Resized, copied
+from memplan.passes.partition import Partitioner, Resized
 from memplan.passes.phases import has_backward
 from memplan.runtime.executor import compile_eager
 

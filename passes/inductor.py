@@ -25,9 +25,9 @@ from torch._inductor.graph import GraphLowering
 from memplan.errors import MemplanError
 from memplan.ir import Block, Budget, Held, Kind, Moment, Plan, Timeline
 from memplan.passes import kernel_order, workspaces
-from memplan.passes.calls import Sizes
+from memplan.passes.calls import Sizes, copied
 from memplan.passes.dispatch import Compiled
-from memplan.passes.partition import Partitioner, SizesGiven, copied
+from memplan.passes.partition import Partitioner, SizesGiven
 from memplan.passes.phases import has_backward
 from memplan.passes.pipeline import does_not_fit
 from memplan.passes.simulate import base, followed

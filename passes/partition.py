@@ -17,19 +17,17 @@ from torch._guards import TracingContext
 
 from memplan.ir import Budget, Held, Machine, Plan, Step
 from memplan.passes import capture, tile, workspaces
-from memplan.passes.calls import Call
+from memplan.passes.calls import Call, copied
 from memplan.passes.one_graph import rewrite
 from memplan.passes.phases import hoist, leading
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
+from memplan.passes.tilings import NOTES, Pins, Tiling, in_slices, menu
 from memplan.passes.torch_policies import saved_sets
-from memplan.runtime import tiled
 
 SURE = 1.1  # times are estimates: what is to be sliced without need must be predicted to be this much faster so
-ROWS = (512, 256, 128)  # of a slice: what "auto" looks at
 
-Tiling = tuple[int, bool]  # rows of a slice, 0: none; and whether only the region with the widest results is tiled
 SizesGiven = tuple[tuple[str, int], ...]  # size symbol -> value
 Resized = Callable[[SizesGiven, Held], Plan]  # the plan of the same decisions at other sizes, with more or less held
 
@@ -53,7 +51,7 @@ class Partitioner:
     several: bool = False  # other graphs run in the same step
     parameters: frozenset[int] = frozenset()  # which arguments are parameters
     known: workspaces.Known = field(default_factory=dict, compare=False, repr=False)  # memory inside ops, as measured
-    tiles: int | Literal["auto"] | None = None  # rows of a slice, for all regions; None: no slices
+    tiles: int | Pins | Literal["auto"] | None = None  # rows of a slice, for all regions or by place; None: no slices
     tilings: list[Tiling] = field(default_factory=list, compare=False, repr=False)  # of the smallest plans
     decided: bool = False  # the policy repeats decisions made for the smallest plan's graph
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
@@ -88,20 +86,23 @@ class Partitioner:
         if self.tiles is None:
             return graph
         if self.tiles != "auto":
-            return _tiled(graph, forward_of, (self.tiles, False), self.inner)
+            return in_slices(graph, forward_of, self.tiles, self.inner)
         if self.decided:  # for the graph as it was then
-            return _tiled(graph, forward_of, self.tilings[0], self.inner)
+            return in_slices(graph, forward_of, self.tilings[0], self.inner)
         found = []
-        for tiling in ((0, False), *((rows, widest) for widest in (True, False) for rows in ROWS)):
-            module = _tiled(graph, forward_of, tiling, self.inner)
+        looked_at = [Tiling()]
+        for tiling in looked_at:  # which grows
+            module = in_slices(graph, forward_of, tiling, self.inner)
             plan = self._made(step_of(module), fit=False)
+            if tiling == Tiling():
+                looked_at += menu(plan.peak - plan.step.base_bytes)
             by_time = plan.fits and not self.smallest
-            seconds = plan.timeline.seconds * (SURE if tiling[0] else 1.0)
+            seconds = plan.timeline.seconds * (SURE if tiling.bytes else 1.0)
             found.append((not plan.fits, seconds if by_time else float(plan.peak), tiling, module))
         *_, tiling, module = min(found, key=lambda f: f[:2])
-        if not any(tiling):  # then what could not be
-            everything: tuple[str, ...] = found[-1][-1].meta[tile.NOTES]
-            module.meta[tile.NOTES] = tuple(note for note in everything if note.startswith("not"))
+        if not tiling.bytes:  # then what could not be
+            everything: tuple[str, ...] = found[-1][-1].meta[NOTES]
+            module.meta[NOTES] = tuple(note for note in everything if note.startswith("not"))
         if self.smallest:
             self.tilings.append(tiling)
         return module
@@ -151,7 +152,7 @@ class Partitioner:
             title=self.title,
             sizes=self.sizes,
         )
-        notes = (*self.notes, *self.held.notes, *graph.meta.get(tile.NOTES, ()), *step.notes)
+        notes = (*self.notes, *self.held.notes, *graph.meta.get(NOTES, ()), *step.notes)
         return dataclasses.replace(step, held=self.held, notes=notes)
 
     def step(
@@ -174,7 +175,7 @@ class Partitioner:
             sizes=self.sizes,
         )
         saved = saved_sets(joint, step, num_fwd_outputs, parameters, self.policy)
-        notes = (*self.notes, *self.held.notes, *joint.meta.get(tile.NOTES, ()), *step.notes)
+        notes = (*self.notes, *self.held.notes, *joint.meta.get(NOTES, ()), *step.notes)
         return dataclasses.replace(step, held=self.held, saved_by=saved, notes=notes)
 
     def _workspaces(self, calls: Sequence[Call]) -> list[workspaces.Inside]:
@@ -187,17 +188,6 @@ class Partitioner:
             workspaces.Inside(0 if "convolution" in str(call.target) else size)
             for call, size in zip(calls, workspaces.measure(calls, self.known), strict=True)
         ]
-
-
-def _tiled(graph: fx.GraphModule, forward_of: tile.ForwardOf, tiling: Tiling, inner: str) -> fx.GraphModule:
-    """A tiled copy of a graph; its notes say what was tiled."""
-    rows, widest = tiling
-    module = copied(graph)
-    notes = tile.tile_all(module, forward_of, rows, inner=inner, widest=widest) if rows else ()
-    if not any(n.target is tiled.OP for n in module.graph.nodes):
-        module = copied(graph)  # untouched
-    module.meta[tile.NOTES] = notes
-    return module
 
 
 def mutated_inputs() -> frozenset[int]:
@@ -218,12 +208,3 @@ def tensor_names(graph: fx.GraphModule) -> tuple[str, ...]:
 def _clean(name: str) -> str:
     name = re.sub(r"_(parameters|modules|buffers)_", ".", name.removeprefix("L_").removeprefix("G_"))
     return name.replace("self_", "").strip("_.")
-
-
-def copied(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph that a compiler may own, over the same parameters and fake values."""
-    new = fx.Graph()
-    new.output(new.graph_copy(graph.graph, {}))
-    module = fx.GraphModule(graph, new)
-    module.meta = dict(graph.meta)
-    return module

@@ -73,7 +73,7 @@ class CompiledBody:
 
 
 def _compile(of: CompiledBody, numbers: Sequence[int], given: Sequence[torch.Tensor], symbols: tuple[int, ...]) -> Code:
-    environment = ShapeEnv(duck_shape=False)  # as many rows as a layer is wide are still rows
+    environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)
     made = {k: _symbol(environment, numbers[k], k) for k in symbols}
     all_numbers: list[Any] = [made.get(k, n) for k, n in enumerate(numbers)]
@@ -101,5 +101,5 @@ def _compile(of: CompiledBody, numbers: Sequence[int], given: Sequence[torch.Ten
 
 def _symbol(environment: ShapeEnv, value: int, position: int) -> Any:
     source = ConstantSource(f"number_{position}")
-    symbol = environment.create_symbol(value, source, DimDynamic.DYNAMIC)
+    symbol = environment.create_symbol(value, source, DimDynamic.DYNAMIC)  # its own, whatever else has that value
     return environment.create_symintnode(symbol, hint=value, source=source)

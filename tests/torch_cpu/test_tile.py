@@ -46,6 +46,10 @@ def same(a: list[torch.Tensor | None], b: list[torch.Tensor | None], tolerance: 
     return True
 
 
+def tiled_all(graph: fx.GraphModule, rows: int, outputs: int = 1, inner: str = "eager") -> list[str]:
+    return [str(o) for o in tile_all(graph, forward_of_joint(outputs), lambda _: rows, inner=inner)]
+
+
 def loops(graph: fx.GraphModule) -> int:
     return sum(n.target is tiled.OP for n in graph.graph.nodes)
 
@@ -76,7 +80,7 @@ def test_models_are_tiled_to_the_same_values(case: Case, inner: str) -> None:
     for rows in (5, 1000):
         tiled_graph = fx.GraphModule(graph, fx.Graph())
         tiled_graph.graph.output(tiled_graph.graph.graph_copy(graph.graph, {})).meta = {}
-        notes = tile_all(tiled_graph, forward_of_joint(1), rows)
+        notes = tiled_all(tiled_graph, rows)
         assert loops(tiled_graph) >= 1 and any(note.startswith("tiled") for note in notes)
         assert same(before, run(tiled_graph, inputs), 1e-6)  # some parts are float32 whatever the model is
     widths = {sample.module.config.vocab_size}
@@ -154,6 +158,7 @@ LOSSES: dict[str, Callable[[Head, torch.Tensor, torch.Tensor], Any]] = {
     "second loss": lambda m, h, z: -selected(z).mean() - 0.3 * z.log_softmax(-1)[..., 3].mean(),
     "pointwise, of the user": lambda m, h, z: (torch.sigmoid(z) * z.cos()).sum(-1).tanh().mean(),
     "normalised by itself": lambda m, h, z: selected(z).square().sum() / (selected(z).detach().abs().sum() + 1),
+    "mean of all": lambda m, h, z: z.softmax(-1).square().mean() + z.mean((0, 1)).square().mean(),
     "centred": lambda m, h, z: (z - z.sum() / 7).softmax(-1).square().sum(-1).mean(),
     "frozen head": lambda m, h, z: -selected(F.linear(h, m.head.weight.detach())).mean(),
     "tied embeddings": lambda m, h, z: -selected(m.head(h + F.embedding(LABELS, m.head.weight))).mean(),
@@ -180,7 +185,7 @@ def test_losses(inner: str) -> None:
         graph, inputs = joint_of(step, ROWS, inner)
         outputs = 2 if what == "logits returned" else 1
         before = run(graph, inputs)
-        notes = tile_all(graph, forward_of_joint(outputs), 5)
+        notes = tiled_all(graph, 5, outputs)
         if not loops(graph):
             left[what] = notes
         assert same(before, run(graph, inputs), 1e-12), (what, notes)
@@ -220,14 +225,15 @@ def test_the_gradient_comes_in_the_same_pass_where_it_is_a_multiple_of_the_loss_
     given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
     inputs = [*inputs[:-1], *(torch.full(t.shape, 1.5, dtype=t.dtype) for t in given)]
     before = list(fx.Interpreter(graph).run(*inputs))
-    (note,) = tile_all(graph, forward_of_joint(len(given)), 5)
+    (note,) = tiled_all(graph, 5, len(given))
     assert way in note and loops(graph) == (1 if "same pass" in note else 2)
     assert same(before, list(fx.Interpreter(graph).run(*inputs)), 2e-3 if what == "float16" else 1e-12)
 
 
+@pytest.mark.parametrize("rows", [D, 1000])
 @pytest.mark.parametrize("what", ["clipped, k3", "torch's cross entropy", "sequence ratio"])
-def test_compiled_slices(what: str) -> None:
-    """As many rows as the model is wide, and a remainder; then another length, with the same code."""
+def test_compiled_slices(what: str, rows: int) -> None:
+    """As many rows as the model is wide, and a remainder; or all of them. Then other lengths, with the same code."""
     model, tiles = Head().double(), []
     for length in (2 * D, 2 * D + 3, D + 5):
         x = torch.linspace(-2, 2, B * length * D, dtype=torch.float64).sin().view(B, length, D)
@@ -238,7 +244,7 @@ def test_compiled_slices(what: str) -> None:
             torch._dynamo.reset()
             graph, inputs = joint_of(lambda x: LOSSES[what](model, *model(x)), x, "inductor")
         before = run(graph, inputs)
-        tile_all(graph, forward_of_joint(1), D, inner="inductor")
+        tiled_all(graph, rows, inner="inductor")
         assert same(before, run(graph, inputs), 1e-12)
         tiles += [n.args[2] for n in graph.graph.nodes if n.target is tiled.OP]
     codes = [codes for body in set(tiles) for codes in runner(body).made.values()]
@@ -254,7 +260,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     graph, inputs = joint_of(lambda x: -selected(model(x)[1]).mean(), x, "eager")
     before = run(graph, inputs)
     assert not torch.isfinite(before[0]).all()  # type: ignore[arg-type]
-    tile_all(graph, forward_of_joint(1), 5)
+    tiled_all(graph, 5)
     assert loops(graph) == 1 and same(before, run(graph, inputs), 1e-12)
 
 
@@ -311,12 +317,44 @@ def test_auto_tiles_where_it_must(made: list[memplan.Plan]) -> None:
     assert planned.fits and any(note.startswith("tiled") for note in planned.step.notes)
 
 
+def refusal(sample: Sample, tiles: dict[str, int]) -> str:
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
+        compiled(sample, inner="eager", tiles=tiles)(sample.batch)
+    assert isinstance(error.value.inner_exception, memplan.MemplanError)
+    return str(error.value.inner_exception)
+
+
+def test_pins(made: list[memplan.Plan]) -> None:
+    sample = model()
+    compiled(sample, inner="eager", tiles={"lm_head": 32, "layers.1.mlp": 64})(sample.batch)
+    notes = [note for note in made[-1].step.notes if note.startswith("tiled")]
+    assert ["by 32 rows, 2.359 MB -> 262.1 KB, gradient in the same pass" in note for note in notes] == [True, False]
+    assert "by 64 rows, " in notes[1] and "(x" not in notes[1]  # the other layer stays as it is
+    assert "'heat', and no region is there" in refusal(sample, {"heat": 32})
+    assert "lm_head)" in refusal(sample, {"heat": 32}) and "layers.1.mlp.gate_proj)" in refusal(sample, {"heat": 32})
+
+
+def test_a_pin_where_rows_mix() -> None:
+    head = Head()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        z = head(x)[1]
+        return (z - z.sum() / 7).softmax(-1).square().mean()
+
+    options = {"inner": "eager", "tiles": {"head": 4}}
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
+        torch.compile(step, backend=memplan_backend, options=options)(ROWS.float())
+    assert "'head', which cannot run in slices: rows mix at test_tile.py:" in str(error.value)
+    assert " in step: it sums over rows (sequences, tokens), and rows need the result" in str(error.value)
+
+
 @pytest.mark.parametrize("tiles", [8, "auto"])
 def test_what_is_not_tiled_is_said(tiles: int | str, made: list[memplan.Plan]) -> None:
     """The logits are what the compiled function returns; and a model without products of rows."""
     head = Head()
     step = torch.compile(lambda x: head(x)[1], backend=memplan_backend, options={"inner": "eager", "tiles": tiles})
-    step(ROWS.float()).mean().backward()
+    step(ROWS.float().repeat(1, 20, 1)).mean().backward()
     assert any("compute the loss where it is made" in note for note in made[-1].step.notes)
     unet = CASES[-1].make()
     torch.compile(unet.step, backend=memplan_backend, options={"inner": "eager", "tiles": tiles})(unet.batch)
@@ -351,7 +389,7 @@ def test_graphs_with_backward_inside(inner: str, made: list[memplan.Plan]) -> No
     tiled_error, peak = found(tiles=32)
     assert tiled_error <= 1.1 * untiled and peak < whole
     plan = made[-1]
-    assert sum(note.startswith("tiled by 32 rows, gradient in the same pass") for note in plan.step.notes) == 1
+    assert sum(("tiled by 32 rows" in note and "same pass" in note) for note in plan.step.notes) == 1
     assert abs(plan.peak - plan.step.base_bytes - peak) <= 0.005 * peak
 
 
