@@ -132,8 +132,10 @@ class _Writer:
             source: Any = node.args[1 if op == "slice_scatter" else 0]
             return self._operand(source, node)
         args = list(node.args)
-        if op in (*VIEWS, "expand", "slice_backward"):
+        if op in (*VIEWS, "expand", "slice_backward", "select_backward"):
             args[1] = {"size": layout}
+        if op == "full":
+            args[0] = {"size": layout}
         self._write(node, args)
         return {"value": ("op", len(self.ops) - 1)}
 
@@ -188,6 +190,10 @@ class _Writer:
             mine = next(labels for operand, labels in zip(user.args, given, strict=False) if operand is node)
             found = tuple(rows.get(label, plain(size)) for label, size in zip(mine, shape, strict=False))
             return found if mine else self._right(shape, self.region.keeps[user])
+        if op == "select_backward" or (op == "select_scatter" and node is user.args[1]):
+            whole = self.region.keeps[user]
+            gone: Any = user.args[2]
+            return tuple(dim for d, dim in enumerate(whole) if d != gone % len(whole))
         if op in ("embedding", "native_layer_norm"):
             return tuple(map(plain, shape))
         if user in self.region.keeps and len(shape) <= len(self.region.keeps[user]):

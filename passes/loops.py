@@ -7,31 +7,18 @@ What a loop returns is narrow, or a sum over rows. Beyond what has the region's 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from memplan.passes.bodies import VIEWS, NotTiled
-from memplan.passes.calls import ancestors, name, tensors, view_base
-from memplan.passes.compat import symbol_value
-from memplan.passes.layouts import Layout, has_rows, regroup, shape_of
+from memplan.passes.absorb import Loop, absorbed, elements
+from memplan.passes.bodies import NotTiled
+from memplan.passes.calls import ancestors, name, view_base
 from memplan.passes.row_locality import Region
 from memplan.passes.same_pass import between
 
 WIDER = 1.5  # a node is wide if it has this many times the elements of the seed
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What one call of memplan::tiled runs, in the graph's order, and which of it is returned."""
-
-    nodes: tuple[fx.Node, ...]
-    returned: tuple[fx.Node, ...]  # keep rows, or reduce
-    tangent: fx.Node | None = None  # a scalar that is 1 inside, and multiplies what depends on it outside
 
 
 def find(seed: fx.Node, region: Region, forward: set[fx.Node]) -> tuple[Region, list[Loop]]:
@@ -46,8 +33,7 @@ def find(seed: fx.Node, region: Region, forward: set[fx.Node]) -> tuple[Region, 
     again = ahead & ancestors([*behind, *(u for n in ahead for u in n.users if u not in forward)])
     if behind or again:
         found.append(_loop(behind | again, region, lambda user: user not in forward))
-    region, found = _absorbing(region, found, limit)
-    return region, found
+    return absorbed(region, found, limit)
 
 
 def _near(seed: fx.Node, region: Region, limit: float) -> set[fx.Node]:
@@ -61,42 +47,6 @@ def _near(seed: fx.Node, region: Region, limit: float) -> set[fx.Node]:
             if not same or view_base(node) is not None or name(node.target) in ("_unsafe_view", "clone", "_to_copy"):
                 near.add(node)
     return near
-
-
-def _absorbing(region: Region, loops: Sequence[Loop], limit: float) -> tuple[Region, list[Loop]]:
-    """Take into the loops what is wide and made from outside of the region for them alone: the labels, one-hot; in the
-    backward of an MLP, what its last product hands back.
-    """
-    keeps, out = dict(region.keeps), list[Loop]()
-    for loop in loops:
-        nodes = set(loop.nodes)
-        stack = list(loop.nodes)
-        while stack:
-            user = stack.pop()
-            for node in user.all_input_nodes:
-                if node in nodes or elements(node) < limit or not nodes.issuperset(node.users):
-                    continue
-                layout = _asked(node, user, keeps[user])
-                if layout is not None and region.keeps.get(node, layout) == layout:
-                    keeps[node] = layout
-                    nodes.add(node)
-                    stack.append(node)
-        out.append(Loop(tuple(sorted(nodes)), loop.returned))
-    return Region(keeps, region.ends, region.turn), out
-
-
-def _asked(node: fx.Node, user: fx.Node, layout: Layout) -> Layout | None:
-    """The layout that an operand has for its user to have one; None: it cannot be told, or it would mix rows."""
-    found: Layout | None = None
-    if name(user.target) in VIEWS:
-        found = regroup(layout, shape(node))
-    elif torch.Tag.pointwise in getattr(user.target, "tags", ()) and shape(node) == shape(user):
-        found = layout
-    if found is None or name(node.target) in (*VIEWS, "_to_copy", "clone", "detach", "alias"):
-        return found
-    if name(node.target) == "mm":
-        return None if has_rows(found[1]) else found
-    return found if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None
 
 
 def joined(loops: Sequence[Loop], region: Region) -> Loop:
@@ -145,22 +95,3 @@ def needed_before(loop: Loop) -> fx.Node | None:
     read = {n for node in (*loop.nodes, *loop.returned) for n in node.all_input_nodes} - inside
     before = ancestors(read)
     return next((n for n in loop.returned if n in before), None)
-
-
-def elements(node: fx.Node) -> float:
-    """Elements of the first result, at the sizes it was traced with."""
-    found = tensors(node.meta.get("val"))
-    return float(math.prod(map(_traced, found[0].shape))) if found else 0.0
-
-
-def _traced(n: int | torch.SymInt) -> int:
-    """The size that it was traced with; to ask torch would add a guard."""
-    if not isinstance(n, torch.SymInt):
-        return n
-    return int(n.node.expr.xreplace({s: symbol_value(n, s) for s in n.node.expr.free_symbols}))
-
-
-def shape(node: fx.Node) -> Any:
-    """The sizes of the first result, as expressions; None: it has none."""
-    found = tensors(node.meta.get("val"))
-    return shape_of(found[0]) if found else None

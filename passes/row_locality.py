@@ -261,6 +261,17 @@ def _select(use: _Use) -> Layout | End | None:
     return End("mixes", "it takes one row") if has_rows(layout[dim]) else (*layout[:dim], *layout[dim + 1 :])
 
 
+def _select_back(use: _Use) -> Layout | End | None:
+    """What undoes a select: a dimension comes back, with zeros, or a base, beside what was selected."""
+    scatter = name(use.node.target) == "select_scatter"
+    base, part = (use.layout(0), use.layout(1)) if scatter else (None, use.layout(0))
+    dim = use.argument(2, "dim") % len(use.shape)
+    if base is not None and has_rows(base[dim]):
+        return End("mixes", "it puts one row among others")
+    widened = (*part[:dim], plain(use.shape[dim]), *part[dim:]) if part is not None else base
+    return widened if base is None or widened == base else None
+
+
 def _cat(use: _Use) -> Layout | End | None:
     dim = use.argument(1, "dim", 0) % len(use.shape)
     inside = use.inside()
@@ -328,6 +339,10 @@ def _random(use: _Use) -> Layout | End | None:
 
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 CONTRACTIONS = {"mm": "ik,kj->ij", "addmm": ",ik,kj->ij", "bmm": "bik,bkj->bij"}  # labels of dimensions, as einsum's
+ALONG = {  # op -> which argument is its dimension
+    **dict.fromkeys(("_softmax", "_log_softmax", "cumsum", "gather", "scatter", "scatter_add"), 1),
+    **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), 2),
+}
 _RULES: dict[str, Rule] = {
     **{op: _contraction(terms) for op, terms in CONTRACTIONS.items()},
     "sum": _reduction("reduces", "sums over"),
@@ -347,11 +362,12 @@ _RULES: dict[str, Rule] = {
     "slice_backward": _slice_backward,
     "slice_scatter": _slice_scatter,
     "select": _select,
+    **dict.fromkeys(("select_backward", "select_scatter"), _select_back),
     "cat": _cat,
     **dict.fromkeys(("split", "split_with_sizes"), _pieces),
     "getitem": _getitem,
-    **{op: _along(1, "dim") for op in ("_softmax", "_log_softmax", "cumsum", "gather", "scatter", "scatter_add")},
-    **{op: _along(2, "dim") for op in ("_softmax_backward_data", "_log_softmax_backward_data", "topk")},
+    **{op: _along(at, "dim") for op, at in ALONG.items()},
+    "topk": _along(2, "dim"),
     "sort": _along(1, "dim"),
     "embedding": _embedding,
     "embedding_dense_backward": _sums_into,

@@ -23,12 +23,13 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from memplan.passes.absorb import Loop, elements, shape
 from memplan.passes.bodies import AXES, Body, NotTiled
 from memplan.passes.calls import ancestors, descendants, name, tensors, view_base
 from memplan.passes.capture import layer, source_line
 from memplan.passes.compat import drop_dead_code
 from memplan.passes.layouts import Axis, shape_of
-from memplan.passes.loops import WIDER, Loop, elements, find, joined, needed_before, shape
+from memplan.passes.loops import WIDER, find, joined, needed_before
 from memplan.passes.phases import is_backward
 from memplan.passes.row_locality import Region, grow
 from memplan.passes.take_apart import take_apart
@@ -91,7 +92,7 @@ def tile_all(
     take_apart(graph)
     outcomes = []
     for found in candidates(graph, forward_of)[: 1 if widest else None]:
-        seed = next((n for n in graph.graph.nodes if n.name == found.seed), None)
+        seed = next((n for n in _read_by_products(graph, forward_of(graph)) if n.name == found.seed), None)
         rows = rows_of(found)
         if seed is None or rows is None:  # it went with another region, or nobody wants it
             continue
@@ -106,8 +107,18 @@ def tile_all(
 
 
 def candidates(graph: fx.GraphModule, forward_of: ForwardOf) -> list[Candidate]:
-    """What products read whose results are wider, [sequences, tokens, width]. That of the widest comes first."""
-    forward = forward_of(graph)
+    """What products read whose results are wider. That of the widest comes first."""
+    found = []
+    for seed, made in _read_by_products(graph, forward_of(graph)).items():
+        place = next(filter(None, map(source_line, made)), seed.name)
+        size = sum(elements(n) * tensors(n.meta["val"])[0].element_size() for n in made)
+        rows_there = elements(made[0]) / max(1, int(shape(made[0])[-1]))
+        found.append(Candidate(seed.name, place, layer(made[0]), int(rows_there), int(size)))
+    return sorted(found, key=lambda c: -c.bytes)
+
+
+def _read_by_products(graph: fx.GraphModule, forward: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Nodes [sequences, tokens, width], and the products that read them and whose results are wider."""
     products: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         if node in forward and name(node.target) in ("mm", "addmm"):
@@ -116,22 +127,17 @@ def candidates(graph: fx.GraphModule, forward_of: ForwardOf) -> list[Candidate]:
                 rows = rows.args[0]
             if len(shape(rows) or ()) == 3 and elements(node) >= WIDER * elements(rows):
                 products.setdefault(rows, []).append(node)
-    found = []
-    for seed, made in products.items():
-        place = next(filter(None, map(source_line, made)), seed.name)
-        size = sum(elements(n) * tensors(n.meta["val"])[0].element_size() for n in made)
-        rows_there = elements(made[0]) / max(1, int(shape(made[0])[-1]))
-        found.append(Candidate(seed.name, place, layer(made[0]), int(rows_there), int(size)))
-    return sorted(found, key=lambda c: -c.bytes)
+    return products
 
 
 def tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int, inner: str = "eager") -> str:
     """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the way: how its
     backward gets what forward computed. Raises NotTiled, with the graph as it was.
     """
-    shape = shape_of(seed.meta["val"])
-    region = grow(seed, ((Axis(AXES[0], shape[0]),), (Axis(AXES[1], shape[1]),), (shape[2],)))
-    region, loops = find(seed, region, forward_of(graph))
+    sizes = shape_of(seed.meta["val"])
+    forward = forward_of(graph)
+    region = grow(seed, ((Axis(AXES[0], sizes[0]),), (Axis(AXES[1], sizes[1]),), (sizes[2],)))
+    region, loops = find(seed, region, forward)
     try:
         single = [joined(loops, region)]
         bodies, way = _bodies(single, region), "gradient in the same pass"

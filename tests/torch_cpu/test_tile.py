@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from operator import getitem
 from typing import Any
 
@@ -11,8 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import fx
 from transformers import LlamaConfig
 
 import memplan
@@ -23,6 +23,7 @@ from memplan.runtime import tiled
 from memplan.runtime.tiled import runner, slices
 from tests.accuracy import exact_gradients, gradients, rms_error
 from tests.joint_graphs import joint_of
+from tests.losses import LOSSES, MIXES, RETURNS_MORE, Head, Loss, Rows, entropy
 from tests.models import CASES, Case, Sample, language_model
 from tests.planned import frozen_heap
 
@@ -96,79 +97,19 @@ def test_models_are_tiled_to_the_same_values(case: Case, inner: str) -> None:
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 B, T, D, V = 2, 6, 8, 40
+ROWS = Rows.make(B, T, D, V)
 
 
-class Head(nn.Module):
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Linear(D, D), nn.Linear(D, V, bias=bias)
-        self.value = nn.Linear(D, 1)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h = torch.tanh(self.body(x))
-        return h, self.head(h)
+def joint_of_loss(loss: Loss, rows: Rows, inner: str) -> tuple[fx.GraphModule, list[Any]]:
+    """The joint graph of a loss, and inputs, with 1.5 for its results' own gradients."""
+    model = Head(D, V).double()
+    graph, inputs = joint_of(lambda r: loss(model, r, *model(r.x_BTD)), rows, inner)
+    given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
+    return graph, [*inputs[:-1], *(torch.full(t.shape, 1.5, dtype=t.dtype) for t in given)]
 
 
-ROWS = torch.linspace(-2, 2, B * T * D, dtype=torch.float64).sin().view(B, T, D)
-LABELS = (torch.arange(B * T) * 7 % V).view(B, T)
-SOME = LABELS.masked_fill(torch.arange(B * T).view(B, T) % 3 == 0, -100)
-MASK = (SOME >= 0).double()
-OLD = torch.full((B, T), -3.5, dtype=torch.float64)
-GAIN = torch.tensor([1.0, -0.7], dtype=torch.float64)
-
-
-def selected(logits: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(-1).gather(-1, LABELS[..., None]).squeeze(-1)
-
-
-def clipped(logits: torch.Tensor, low: float = 0.2, high: float = 0.2) -> torch.Tensor:
-    ratio = (selected(logits) - OLD).exp()
-    return -torch.minimum(ratio * GAIN[:, None], ratio.clamp(1 - low, 1 + high) * GAIN[:, None])
-
-
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    p = logits.softmax(-1)
-    return -(p * logits.log_softmax(-1)).sum(-1)
-
-
-def k3(logits: torch.Tensor) -> torch.Tensor:
-    d = OLD + 0.1 - selected(logits)
-    return d.exp() - d - 1
-
-
-LOSSES: dict[str, Callable[[Head, torch.Tensor, torch.Tensor], Any]] = {
-    "cross entropy by hand": lambda m, h, z: -selected(z).mean(),
-    "masked mean": lambda m, h, z: -(selected(z) * MASK).sum() / MASK.sum(),
-    "temperature": lambda m, h, z: -selected(z / 0.7).mean(),
-    "softcap": lambda m, h, z: -selected(30 * torch.tanh(z / 30)).mean(),
-    "label smoothing": lambda m, h, z: -(0.9 * selected(z) + 0.1 * z.log_softmax(-1).mean(-1)).mean(),
-    "z-loss": lambda m, h, z: -selected(z).mean() + 1e-2 * z.logsumexp(-1).square().mean(),
-    "shift after the head": lambda m, h, z: -z[:, :-1].log_softmax(-1).gather(-1, LABELS[:, 1:, None]).mean(),
-    "clipped": lambda m, h, z: clipped(z).mean(),
-    "two-sided clip": lambda m, h, z: clipped(z).clamp(max=3.0).mean(),
-    "clipped, k3": lambda m, h, z: (clipped(z) + 0.04 * k3(z)).mean(),
-    "k2": lambda m, h, z: (clipped(z) + 0.04 * 0.5 * (OLD - selected(z)).square()).mean(),
-    "entropy bonus": lambda m, h, z: (clipped(z) - 0.01 * entropy(z)).mean(),
-    "sequence ratio": lambda m, h, z: -(((selected(z) - OLD).mean(-1)).exp() * GAIN).mean(),
-    "CISPO": lambda m, h, z: -((selected(z) - OLD).exp().clamp(max=1.2).detach() * GAIN[:, None] * selected(z)).mean(),
-    "tokens of the batch": lambda m, h, z: (clipped(z) * MASK).sum() / MASK.sum(),
-    "mean of each sequence": lambda m, h, z: ((clipped(z) * MASK).sum(-1) / MASK.sum(-1)).mean(),
-    "value head": lambda m, h, z: clipped(z).mean() + (m.value(h).squeeze(-1) - 0.3).square().mean(),
-    "second loss": lambda m, h, z: -selected(z).mean() - 0.3 * z.log_softmax(-1)[..., 3].mean(),
-    "pointwise, of the user": lambda m, h, z: (torch.sigmoid(z) * z.cos()).sum(-1).tanh().mean(),
-    "normalised by itself": lambda m, h, z: selected(z).square().sum() / (selected(z).detach().abs().sum() + 1),
-    "mean of all": lambda m, h, z: z.softmax(-1).square().mean() + z.mean((0, 1)).square().mean(),
-    "centred": lambda m, h, z: (z - z.sum() / 7).softmax(-1).square().sum(-1).mean(),
-    "frozen head": lambda m, h, z: -selected(F.linear(h, m.head.weight.detach())).mean(),
-    "tied embeddings": lambda m, h, z: -selected(m.head(h + F.embedding(LABELS, m.head.weight))).mean(),
-    "torch's cross entropy": lambda m, h, z: F.cross_entropy(z.flatten(0, 1), LABELS.flatten()),
-    "ignored labels": lambda m, h, z: F.cross_entropy(z.flatten(0, 1), SOME.flatten()),
-    "shifted, and not": lambda m, h, z: (
-        -z[:, :-1].log_softmax(-1).gather(-1, LABELS[:, 1:, None]).mean() + 1e-2 * z.logsumexp(-1).square().mean()
-    ),
-    "logits returned": lambda m, h, z: (-selected(z).mean(), z.detach()),
-}  # fmt: skip
+def run_all(graph: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor | None]:
+    return list(fx.Interpreter(graph).run(*inputs))
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -177,21 +118,25 @@ def test_losses(inner: str) -> None:
     left = {}
     for what, loss in LOSSES.items():
         torch._dynamo.reset()
-        model = Head(bias=what == "temperature").double()
-
-        def step(x: torch.Tensor, model: Head = model, loss: Any = loss) -> Any:
-            return loss(model, *model(x))
-
-        graph, inputs = joint_of(step, ROWS, inner)
-        outputs = 2 if what == "logits returned" else 1
-        before = run(graph, inputs)
-        notes = tiled_all(graph, 5, outputs)
+        graph, inputs = joint_of_loss(loss, ROWS, inner)
+        before = run_all(graph, inputs)
+        notes = tiled_all(graph, 5, 1 + (what in RETURNS_MORE))
         if not loops(graph):
             left[what] = notes
-        assert same(before, run(graph, inputs), 1e-12), (what, notes)
-    assert set(left) == {"logits returned", "centred", "shifted, and not"}, left
+        tolerance = {"float16, scaled": 2e-3, "bfloat16 autocast": 1e-6}.get(what, 1e-12)
+        assert same(before, run_all(graph, inputs), tolerance), (what, notes)
+        if what not in MIXES:
+            assert not [n for n in graph.graph.nodes if wide(n)], (what, notes)
+    assert set(left) == set(MIXES), left
     assert all("not tiled" in note and ": " in note for notes in left.values() for note in notes)
     assert "return the loss" in left["logits returned"][0]
+
+
+def wide(node: fx.Node) -> bool:
+    """Whether it makes a number for each row and each word."""
+    value = node.meta.get("val")
+    made = node.op == "call_function" and node.target is not getitem and view_base(node) is None
+    return made and isinstance(value, torch.Tensor) and value.numel() >= B * (T - 1) * V
 
 
 class Squashed(torch.autograd.Function):
@@ -206,13 +151,13 @@ class Squashed(torch.autograd.Function):
         return g.clamp(-1e-2, 1e-2)
 
 
-WAYS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
-    "one loss": (lambda z: -selected(z).mean(), "gradient in the same pass"),
-    "clipped gradients": (lambda z: -selected(Squashed.apply(z)).mean(), "clamp.default is not known to be prop"),
-    "float16": (lambda z: -selected(z.half()).mean(), "float16, which a loss scale keeps"),
-    "sequences": (lambda z: (selected(z).mean(-1).exp() * GAIN).mean(), "is not computed row by row"),
-    "log-probs": (lambda z: selected(z), "not start from the gradient of one loss"),
-    "two losses": (lambda z: (-selected(z).mean(), entropy(z).mean()), "not start from the gradient of one loss"),
+WAYS: dict[str, tuple[Loss, str]] = {
+    "one loss": (LOSSES["DAPO"], "gradient in the same pass"),
+    "their own": (lambda m, r, h, z: -r.selected(Squashed.apply(z)).mean(), "clamp.default is not known to be prop"),
+    "float16": (LOSSES["float16, scaled"], "float16, which a loss scale keeps"),
+    "sequences": (LOSSES["GSPO"], "is not computed row by row"),
+    "log-probs": (LOSSES["log-probs alone"], "not start from the gradient of one loss"),
+    "two losses": (lambda m, r, h, z: (r.selected(z).mean(), entropy(z).mean()), "not start from the gradient of one"),
 }
 
 
@@ -220,48 +165,76 @@ WAYS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
 @pytest.mark.parametrize("what", WAYS)
 def test_the_gradient_comes_in_the_same_pass_where_it_is_a_multiple_of_the_loss_s(what: str) -> None:
     loss, way = WAYS[what]
-    model = Head().double()
-    graph, inputs = joint_of(lambda x: loss(model(x)[1]), ROWS, "eager")
-    given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
-    inputs = [*inputs[:-1], *(torch.full(t.shape, 1.5, dtype=t.dtype) for t in given)]
-    before = list(fx.Interpreter(graph).run(*inputs))
-    (note,) = tiled_all(graph, 5, len(given))
+    graph, inputs = joint_of_loss(loss, ROWS, "eager")
+    before = run_all(graph, inputs)
+    (note,) = tiled_all(graph, 5, 1 + (what == "two losses"))
     assert way in note and loops(graph) == (1 if "same pass" in note else 2)
-    assert same(before, list(fx.Interpreter(graph).run(*inputs)), 2e-3 if what == "float16" else 1e-12)
+    assert same(before, run_all(graph, inputs), 2e-3 if what == "float16" else 1e-12)
 
 
 @pytest.mark.parametrize("rows", [D, 1000])
-@pytest.mark.parametrize("what", ["clipped, k3", "torch's cross entropy", "sequence ratio"])
+@pytest.mark.parametrize("what", ["k3", "ignore_index", "GSPO"])
 def test_compiled_slices(what: str, rows: int) -> None:
     """As many rows as the model is wide, and a remainder; or all of them. Then other lengths, with the same code."""
-    model, tiles = Head().double(), []
+    bodies = set()
     for length in (2 * D, 2 * D + 3, D + 5):
-        x = torch.linspace(-2, 2, B * length * D, dtype=torch.float64).sin().view(B, length, D)
-        labels = (torch.arange(B * length) * 7 % V).view(B, length)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(globals(), "LABELS", labels)
-            patch.setitem(globals(), "OLD", torch.full((B, length), -3.5, dtype=torch.float64))
-            torch._dynamo.reset()
-            graph, inputs = joint_of(lambda x: LOSSES[what](model, *model(x)), x, "inductor")
-        before = run(graph, inputs)
+        torch._dynamo.reset()
+        graph, inputs = joint_of_loss(LOSSES[what], Rows.make(B, length, D, V), "inductor")
+        before = run_all(graph, inputs)
         tiled_all(graph, rows, inner="inductor")
-        assert same(before, run(graph, inputs), 1e-12)
-        tiles += [n.args[2] for n in graph.graph.nodes if n.target is tiled.OP]
-    codes = [codes for body in set(tiles) for codes in runner(body).made.values()]
-    assert codes and all(len(some) <= 2 for some in codes)  # for the first strides, and for any
+        assert same(before, run_all(graph, inputs), 1e-12)
+        bodies |= {n.args[2] for n in graph.graph.nodes if n.target is tiled.OP}
+    made = [codes for body in bodies for codes in runner(body).made.values()]
+    assert made and all(len(codes) <= 2 for codes in made)  # for the first strides, and for any
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
-    model, x = Head().double(), ROWS.clone()
-    x[1, 2, 3] = float("nan")
-    with torch.no_grad():
-        model.head.weight[3, 2] = bad
-    graph, inputs = joint_of(lambda x: -selected(model(x)[1]).mean(), x, "eager")
-    before = run(graph, inputs)
+    rows = replace(ROWS, x_BTD=ROWS.x_BTD.clone(), gain_B=ROWS.gain_B.clone())
+    rows.x_BTD[1, 2, 3] = float("nan")
+    rows.gain_B[0] = bad
+    graph, inputs = joint_of_loss(LOSSES["DAPO"], rows, "eager")
+    inputs = [i.clone() if isinstance(i, torch.Tensor) else i for i in inputs]
+    next(i for i in inputs if i.shape == (V, D))[3, 2] = bad
+    before = run_all(graph, inputs)
     assert not torch.isfinite(before[0]).all()  # type: ignore[arg-type]
     tiled_all(graph, 5)
-    assert loops(graph) == 1 and same(before, run(graph, inputs), 1e-12)
+    assert loops(graph) == 1 and same(before, run_all(graph, inputs), 1e-12)
+
+
+EXTREMES = {
+    "no row counts": lambda: replace(ROWS, mask_BT=ROWS.mask_BT * 0, some_BT=ROWS.some_BT * 0 - 100),
+    "one token": lambda: Rows.make(3, 1, D, V),
+    "one sequence": lambda: Rows.make(1, 9, D, V),
+    "two words": lambda: Rows.make(B, T, D, 2),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extremes(extreme: str, inner: str) -> None:
+    """Tiled, or left as it is: the same as untiled, nan for nan."""
+    rows = EXTREMES[extreme]()
+    for what in ("ignore_index", "GRPO"):
+        torch._dynamo.reset()
+        model = Head(D, 2 if extreme == "two words" else V).double()
+        graph, inputs = joint_of(lambda r, m=model, w=what: LOSSES[w](m, r, *m(r.x_BTD)), rows, inner)
+        before = run(graph, inputs)
+        tiled_all(graph, 2)
+        assert same(before, run(graph, inputs), 1e-12)
+
+
+def test_labels_out_of_range() -> None:
+    """The error is that of the untiled step."""
+    rows = replace(ROWS, labels_BT=ROWS.labels_BT + V)
+    graph, inputs = joint_of_loss(LOSSES["GRPO"], rows, "eager")
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of bounds") as error:
+            run_all(graph, inputs)
+        messages.append(str(error.value).splitlines()[0])
+        tiled_all(graph, 5)
+    assert loops(graph) and messages[0] == messages[1]
 
 
 # ---- from one end to the other --------------------------------------------------------------------------------------
@@ -336,7 +309,7 @@ def test_pins(made: list[memplan.Plan]) -> None:
 
 
 def test_a_pin_where_rows_mix() -> None:
-    head = Head()
+    head = Head(D, V)
 
     def step(x: torch.Tensor) -> torch.Tensor:
         z = head(x)[1]
@@ -344,7 +317,7 @@ def test_a_pin_where_rows_mix() -> None:
 
     options = {"inner": "eager", "tiles": {"head": 4}}
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
-        torch.compile(step, backend=memplan_backend, options=options)(ROWS.float())
+        torch.compile(step, backend=memplan_backend, options=options)(ROWS.x_BTD.float())
     assert "'head', which cannot run in slices: rows mix at test_tile.py:" in str(error.value)
     assert " in step: it sums over rows (sequences, tokens), and rows need the result" in str(error.value)
 
@@ -352,9 +325,9 @@ def test_a_pin_where_rows_mix() -> None:
 @pytest.mark.parametrize("tiles", [8, "auto"])
 def test_what_is_not_tiled_is_said(tiles: int | str, made: list[memplan.Plan]) -> None:
     """The logits are what the compiled function returns; and a model without products of rows."""
-    head = Head()
+    head = Head(D, V)
     step = torch.compile(lambda x: head(x)[1], backend=memplan_backend, options={"inner": "eager", "tiles": tiles})
-    step(ROWS.float().repeat(1, 20, 1)).mean().backward()
+    step(ROWS.x_BTD.float().repeat(1, 20, 1)).mean().backward()
     assert any("compute the loss where it is made" in note for note in made[-1].step.notes)
     unet = CASES[-1].make()
     torch.compile(unet.step, backend=memplan_backend, options={"inner": "eager", "tiles": tiles})(unet.batch)
@@ -395,7 +368,7 @@ def test_graphs_with_backward_inside(inner: str, made: list[memplan.Plan]) -> No
 
 def test_lengths_that_change(made: list[memplan.Plan]) -> None:
     """One graph for all lengths, sliced as they come."""
-    head = Head()
+    head = Head(D, V)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         labels = (x.sum(-1) > 0).long()
@@ -403,7 +376,7 @@ def test_lengths_that_change(made: list[memplan.Plan]) -> None:
 
     step = torch.compile(loss, backend=memplan_backend, options={"inner": "eager", "tiles": 4}, dynamic=True)
     for length in (6, 13, 9):
-        x = torch.linspace(-2, 2, B * length * D).sin().view(B, length, D)
+        x = Rows.make(B, length, D, V).x_BTD.float()
         results = []
         for f in (step, loss):
             head.zero_grad()
