@@ -56,6 +56,18 @@ def measure_planned(sample: Sample, **options: Any) -> dict[str, float]:
     return {"base": timeline.base_bytes, "planned": timeline.peak_above_base} | figures
 
 
+def time_ratio(sample: Sample, step: Callable[[Any], torch.Tensor], than: Callable[[Any], torch.Tensor]) -> float:
+    """Median time of a step over that of another. They take turns, so that a machine's moods meet both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for k in range(2 * (3 + 15)):
+        sample.module.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        (step, than)[k % 2](sample.batch).backward()
+        seconds[k % 2].append(time.perf_counter() - start)
+    sample.module.zero_grad(set_to_none=True)
+    return statistics.median(seconds[0][3:]) / statistics.median(seconds[1][3:])
+
+
 def refusal(sample: Sample, **options: Any) -> memplan.DoesNotFit | None:
     """Why the step is refused, if it is."""
     torch._dynamo.reset()

@@ -28,6 +28,9 @@ _TEMPLATES = frozenset([
 # fmt: on
 
 
+FEW_ROWS = 16  # a product of n rows takes as long as n + 16 would: measured on a CPU, 12 % at 128 rows, 6 % at 256
+
+
 def nbytes(tensor: torch.Tensor) -> int:
     """Bytes of the elements a tensor shows; an expanded dimension is read once."""
     shape = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
@@ -44,7 +47,8 @@ def flops(call: Call) -> int:
         return int(flop_registry[packet](*call.args, **call.kwargs, out_val=call.result))
     if call.target is tiled.OP:
         part = tiled.one_slice(*call.args)
-        return part.count * sum(flops(Call(*made)) for made in part.calls)
+        work = part.count * sum(flops(Call(*made)) for made in part.calls)
+        return work * (part.rows + FEW_ROWS) // max(1, part.rows)
     if target == "_grouped_mm":
         return 2 * _numel(results[:1]) * tensors(call.args)[0].shape[-1]
     return _numel(results)

@@ -70,10 +70,13 @@ def prepare(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, row
 
 @dataclass(frozen=True)
 class OneSlice:
-    """What the largest slice does: its calls, with their results, the bytes at its peak, and how many there are."""
+    """What the largest slice does: its calls, with their results, the bytes at its peak, its rows, and how many slices
+    there are.
+    """
 
     calls: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], Any], ...]
     peak: int
+    rows: int
     count: int
 
 
@@ -82,7 +85,7 @@ def one_slice(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, r
     read = _read(body)
     parts = list(slices(sizes[0], sizes[1], rows, one=read["one"]))
     if not parts:
-        return OneSlice((), 0, 0)
+        return OneSlice((), 0, 0, 0)
     with _disable_current_modes():
         hollow = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in inputs]
         totals = _made(read, hollow, sizes, zeros=False)
@@ -90,7 +93,7 @@ def one_slice(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, r
     with _disable_current_modes(), Tally([*hollow, *totals], keep=True) as tally:
         run_slice(read, hollow, sizes, largest, totals, functools.partial(_computed, read))
     accumulators = sum(t.nbytes for t, o in zip(totals, read["outputs"], strict=True) if t.dtype != _dtype(o["dtype"]))
-    return OneSlice(tuple(tally.calls), tally.peak + accumulators, len(parts))
+    return OneSlice(tuple(tally.calls), tally.peak + accumulators, largest[0][1] * largest[1][1], len(parts))
 
 
 def slices(sequences: int, length: int, rows: int, *, one: bool = False) -> Iterator[Slice]:

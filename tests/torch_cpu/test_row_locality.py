@@ -131,6 +131,8 @@ KEEPS: dict[str, Callable[..., torch.Tensor]] = {
     "the shift of language models": lambda h, w, y, a: logits(h, w)[:, :-1].gather(-1, y[:, 1:, None]),
     "shift to the other side": lambda h, w, y, a: logits(h, w)[:, 1:].softmax(-1),
     "split in features": lambda h, w, y, a: h.chunk(2, -1)[1].tanh(),
+    "one feature put among zeros": lambda h, w, y, a: aten.select_backward(h[..., 1], list(h.shape), 2, 3),
+    "one feature put in": lambda h, w, y, a: torch.select_scatter(h, h[..., 1] * 2, -1, 3),
     "joined in features": lambda h, w, y, a: torch.cat([h, h + 1], -1),
     "heads": lambda h, w, y, a: h.view(B, -1, 2, 2).transpose(1, 2).tanh().transpose(1, 2).reshape(B, -1, D),
     "entropy": lambda h, w, y, a: torch.special.entr(logits(h, w).softmax(-1)).sum(-1),
