@@ -8,6 +8,7 @@ keeps it for the next process.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class CompiledBody:
     body: Body
     shapes: Shapes
     made: dict[Any, list[Code]] = field(default_factory=dict)
+    known: dict[Any, Code] = field(default_factory=dict)  # of slices that came before
     lock: Any = field(default_factory=threading.Lock)
 
     def __call__(self, counts: Counts, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -58,7 +60,15 @@ class CompiledBody:
 
     def code(self, counts: Counts, given: Sequence[torch.Tensor]) -> tuple[Code, tuple[int, ...]]:
         """Code for such a slice, generated if there is none, and the slice's numbers."""
-        numbers = (*counts, *(n for t in given for n in t.stride()))
+        numbers = (*counts, *itertools.chain.from_iterable([t.stride() for t in given]))
+        alike = numbers, *[(t.dtype, t.device) for t in given]
+        if alike not in self.known:
+            if len(self.known) >= 1024:  # so many lengths will not all come again
+                self.known.clear()
+            self.known[alike] = self._looked_up(numbers, given)
+        return self.known[alike], numbers
+
+    def _looked_up(self, numbers: tuple[int, ...], given: Sequence[torch.Tensor]) -> Code:
         ones = tuple((k, n) for k, n in enumerate(numbers) if n < 2)  # torch's symbols are never 0 or 1
         kind = ones, tuple((t.dtype, t.device) for t in given)
         with self.lock:
@@ -69,7 +79,7 @@ class CompiledBody:
                 vary |= {k for code in codes for k in code.symbols} | {0, 1}
                 found = _compile(self, numbers, given, tuple(sorted(vary - {k for k, _ in ones})))
                 codes.append(found)
-        return found, numbers
+        return found
 
 
 def _compile(of: CompiledBody, numbers: Sequence[int], given: Sequence[torch.Tensor], symbols: tuple[int, ...]) -> Code:

@@ -42,9 +42,10 @@ Slice = tuple[tuple[int, int], tuple[int, int]]  # for each axis: where it start
 def tiled(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, rows: int) -> list[torch.Tensor]:
     """Run `body` on slices of at most `rows` rows. `sizes`: sequences, rows of each, and what the dims name."""
     read = _read(body)
-    totals = _made(read, inputs, sizes, zeros=True)
-    for part in slices(sizes[0], sizes[1], rows, one=read["one"]):
-        run_slice(read, inputs, sizes, part, totals, runner(body))
+    parts = list(slices(sizes[0], sizes[1], rows, one=read["one"]))
+    totals = _made(read, inputs, sizes, zeros=not parts)
+    for k, part in enumerate(parts):
+        run_slice(read, inputs, sizes, part, totals, runner(body), first=k == 0)
     return [t.to(_dtype(out["dtype"])) for t, out in zip(totals, read["outputs"], strict=True)]
 
 
@@ -91,7 +92,7 @@ def one_slice(inputs: Sequence[torch.Tensor], sizes: Sequence[int], body: str, r
         totals = _made(read, hollow, sizes, zeros=False)
     largest = max(parts, key=lambda part: part[0][1] * part[1][1])
     with _disable_current_modes(), Tally([*hollow, *totals], keep=True) as tally:
-        run_slice(read, hollow, sizes, largest, totals, functools.partial(_computed, read))
+        run_slice(read, hollow, sizes, largest, totals, functools.partial(_computed, read), first=False)
     accumulators = sum(t.nbytes for t, o in zip(totals, read["outputs"], strict=True) if t.dtype != _dtype(o["dtype"]))
     return OneSlice(tuple(tally.calls), tally.peak + accumulators, largest[0][1] * largest[1][1], len(parts))
 
@@ -115,10 +116,10 @@ def slices(sequences: int, length: int, rows: int, *, one: bool = False) -> Iter
 def _made(
     body: dict[str, Any], inputs: Sequence[torch.Tensor], sizes: Sequence[int], *, zeros: bool
 ) -> list[torch.Tensor]:
-    """What outputs are collected in."""
-    make: Any = torch.zeros if zeros else torch.empty
+    """What outputs are collected in; zeros where slices do not write."""
     found = []
     for out in body["outputs"]:
+        make: Any = torch.zeros if zeros or not all(map(_whole, out["dims"])) else torch.empty
         shape = [_extent(dim, sizes) for dim in out["dims"]]
         dtype = _dtype(out["dtype"])
         if out["kind"] != "rows" and dtype.itemsize < 4:
@@ -138,8 +139,10 @@ def run_slice(
     part: Slice,
     totals: Sequence[torch.Tensor],
     compute: Body,
+    *,
+    first: bool,
 ) -> None:
-    """Compute the outputs of one slice, and put them in their places."""
+    """Compute the outputs of one slice, and put them in their places, or add them up; of the first there is no sum."""
     given = [_taken(t, dims, sizes, part) for t, dims in zip(inputs, body["inputs"], strict=True)]
     values = compute((part[0][1], part[1][1]), given)
     del given
@@ -147,13 +150,20 @@ def run_slice(
         if out["kind"] == "rows":
             _taken(total, out["dims"], sizes, part).copy_(values.pop(0))
         elif out["kind"] == "sum":
-            total.add_(values.pop(0))
+            _add(total, values.pop(0), first)
         else:
             a, b = values.pop(0), values.pop(0)
             if a.dtype == total.dtype:
-                total.addmm_(a, b)
+                total.addmm_(a, b, beta=0 if first else 1)
             else:
-                total.add_(a @ b)
+                _add(total, a @ b, first)
+
+
+def _add(total: torch.Tensor, value: torch.Tensor, first: bool) -> None:
+    if first:
+        total.copy_(value)
+    else:
+        total.add_(value)
 
 
 def _computed(body: dict[str, Any], counts: Counts, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -185,6 +195,11 @@ def runner(body: str) -> Body:
 
 def _has_rows(dim: Sequence[Any]) -> bool:
     return any(not isinstance(factor, int) for factor in dim)
+
+
+def _whole(dim: Sequence[Any]) -> bool:
+    """Whether the loop's rows are all there are in a dimension."""
+    return all(isinstance(f, int) or (f[1] == 0 and f[2] == f[0]) for f in dim)
 
 
 def _count(dim: Sequence[Any], counts: Counts) -> Any:
