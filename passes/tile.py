@@ -182,7 +182,7 @@ def _replace(graph: fx.Graph, loop: Loop, body: Body, how: tuple[int, str], now:
             new.meta = dict(node.meta) | {"val": call.meta["val"][k]}
             if node in scaled:
                 new = graph.call_function(torch.ops.aten.mul.Tensor, (new, loop.tangent))
-                new.meta = dict(node.meta)
+                new.meta = dict(node.meta) | {"val": _value(new)}
             node.replace_all_uses_with(new)
             now[node] = new
 
@@ -195,7 +195,14 @@ def _units(graph: fx.Graph, tangent: fx.Node, wanted: Sequence[fx.Node]) -> dict
     units = {tangent: one}
     for node in sorted(descendants([tangent]) & ancestors(wanted) - {tangent}):
         units[node] = graph.node_copy(node, lambda n: units.get(n, n))
+        units[node].meta["val"] = _value(units[node])  # what it is a view of, it is a view of the copy
     return units
+
+
+def _value(node: fx.Node) -> Any:
+    """What its target makes of fake values."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _size(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:

@@ -298,6 +298,26 @@ def refusal(sample: Sample, tiles: dict[str, int]) -> str:
     return str(error.value.inner_exception)
 
 
+@pytest.mark.parametrize(
+    "what", ["GRPO", "GSPO", "full KL", "value head", "log-probs returned", "normalised by itself"]
+)
+def test_losses_are_planned(what: str, made: list[memplan.Plan]) -> None:
+    head, rows = Head(D, V), Rows.make(B, T, D, V, dtype=torch.float32)
+    found = []
+    for tiles in (5, None):
+        torch._dynamo.reset()
+        head.zero_grad()
+        options = {"inner": "eager", "tiles": tiles}
+        step = torch.compile(
+            lambda: LOSSES[what](head, rows, *head(rows.x_BTD)), backend=memplan_backend, options=options
+        )
+        loss = step()
+        (loss[0] if what in RETURNS_MORE else loss).backward()
+        found.append([p.grad for p in head.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert any(note.startswith("tiled by 5 rows") for note in made[0].step.notes)
+
+
 def test_pins(made: list[memplan.Plan]) -> None:
     sample = model()
     compiled(sample, inner="eager", tiles={"lm_head": 32, "layers.1.mlp": 64})(sample.batch)
