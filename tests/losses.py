@@ -138,7 +138,7 @@ LOSSES: dict[str, Loss] = {
     "frozen head": lambda m, r, h, z: -r.selected(F.linear(h, m.head.weight.detach())).mean(),
     "bfloat16 autocast": lambda m, r, h, z: autocast(m, r, lambda logits: r.mean(r.clipped(logits))),
     "float16, scaled": lambda m, r, h, z: r.mean(r.clipped(F.linear(h.half(), m.head.weight.half()).float())) * 2.0**13,
-    "pointwise, of the user": lambda m, r, h, z: (torch.sigmoid(z) * z.cos()).sum(-1).tanh().mean(),
+    "pointwise, of the user": lambda m, r, h, z: (torch.sigmoid(z) * z.cos()).mean(-1).tanh().mean(),
     "mean of all": lambda m, r, h, z: z.softmax(-1).square().mean() + z.mean((0, 1)).square().mean(),
     "normalised by itself": lambda m, r, h, z: r.selected(z).square().sum() / (r.selected(z).detach().abs().sum() + 1),
     "shifted, and not": lambda m, r, h, z: -r.selected(z)[:, :-1].mean() + 1e-2 * z.logsumexp(-1).square().mean(),
