@@ -128,7 +128,11 @@ def _parser() -> argparse.ArgumentParser:
 def _rows(text: str) -> int | str | dict[str, int | str]:
     """256, "auto", or "lm_head=256,mlp=1024"."""
     if "=" in text:
-        return {place: _rows(rows) for place, _, rows in (pin.rpartition("=") for pin in text.split(","))}  # type: ignore[misc]
+        return {place: _number(rows) for place, _, rows in (pin.rpartition("=") for pin in text.split(","))}
+    return _number(text)
+
+
+def _number(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 

@@ -213,6 +213,7 @@ class Adaptive:
                 held=Held(),
                 fit=False,
                 decided=True,
+                several=True,
             )
             with self._compiling():
                 compiled = self.compiler(self.graph, self.fakes, partitioner)

@@ -86,7 +86,7 @@ class Partitioner:
         if self.tiles is None:
             return graph
         if self.tiles != "auto":
-            return in_slices(graph, forward_of, self.tiles, self.inner)
+            return in_slices(graph, forward_of, self.tiles, self.inner, several=self.several)
         if self.decided:  # for the graph as it was then
             return in_slices(graph, forward_of, self.tilings[0], self.inner)
         found = []

@@ -56,13 +56,16 @@ def between(
 def _proportional(node: fx.Node, scaled: Collection[fx.Node]) -> bool:
     """Whether its result is the tangent times something if each operand in `scaled` is, and the others are not."""
     op = name(node.target)
+    if getattr(node.target, "namespace", "") not in ("aten", "prims"):
+        return False  # somebody's own op, whatever its name
     if op in FILLS:  # the operand gives it its shape
         return _zero(node)
     if op in ("mul", "mm", "bmm", "fma"):
         one = sum(a in scaled for a in node.args[:2] if isinstance(a, fx.Node)) == 1
         return one and all(a in scaled for a in node.args[2:])
     positions = TERMS.get(op, (0,) if op in LINEAR or op.endswith(("_backward", "_backward_data")) else ())
-    terms = [t for k in positions for t in (node.args[k] if op == "cat" else node.args[k : k + 1])]  # type: ignore[union-attr]
+    given: Any = node.args[0] if op == "cat" else [node.args[k] for k in positions if k < len(node.args)]
+    terms = list(given) if positions else []
     proportional = bool(terms) and all(t in scaled or _zero(t) for t in terms)
     return proportional and not any(n in scaled and n not in terms for n in node.all_input_nodes)
 

@@ -191,7 +191,7 @@ def _units(graph: fx.Graph, tangent: fx.Node, wanted: Sequence[fx.Node]) -> dict
     """Copies of what leads from the tangent to `wanted`, with 1 for the tangent; they belong to forward."""
     like = tangent.meta["val"]
     one = graph.call_function(torch.ops.aten.full.default, ([], 1), {"dtype": like.dtype, "device": like.device})
-    one.meta["val"] = one.target([], 1, **one.kwargs)  # type: ignore[operator]
+    one.meta["val"] = _value(one)
     units = {tangent: one}
     for node in sorted(descendants([tangent]) & ancestors(wanted) - {tangent}):
         units[node] = graph.node_copy(node, lambda n: units.get(n, n))
@@ -201,8 +201,9 @@ def _units(graph: fx.Graph, tangent: fx.Node, wanted: Sequence[fx.Node]) -> dict
 
 def _value(node: fx.Node) -> Any:
     """What its target makes of fake values."""
+    target: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return target(*args, **kwargs)
 
 
 def _size(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:

@@ -37,15 +37,19 @@ def menu(peak: int) -> list[Tiling]:
     return [Tiling(peak // part, widest) for widest in (True, False) for part in PARTS]
 
 
-def in_slices(graph: fx.GraphModule, forward_of: ForwardOf, tiling: Tiling | int | Pins, inner: str) -> fx.GraphModule:
-    """A tiled copy. Raises MemplanError for a pin that fits no region, or one that cannot run in slices."""
+def in_slices(
+    graph: fx.GraphModule, forward_of: ForwardOf, tiling: Tiling | int | Pins, inner: str, *, several: bool = False
+) -> fx.GraphModule:
+    """A tiled copy. Raises MemplanError for a pin that cannot run in slices, or that fits no region; of a step in
+    `several` graphs another one may have it.
+    """
     module = copied(graph)
     if tiling == Tiling():
         return module
     widest = isinstance(tiling, Tiling) and tiling.widest
     outcomes = tile_all(module, forward_of, _rows_of(tiling), inner=inner, widest=widest)
     if isinstance(tiling, tuple) and not isinstance(tiling, Tiling):
-        _check(tiling, outcomes, candidates(graph, forward_of))
+        _check(tiling, outcomes, candidates(graph, forward_of), elsewhere=several)
     if not any(n.target is tiled.OP for n in module.graph.nodes):
         module = copied(graph)  # untouched
     module.meta[NOTES] = _notes(outcomes)
@@ -69,12 +73,12 @@ def _at(place: str, found: Candidate) -> bool:
     return found.place.split(" ")[0] == place or f".{place}." in f".{found.layer}."
 
 
-def _check(pins: Pins, outcomes: Sequence[Outcome], there: Sequence[Candidate]) -> None:
+def _check(pins: Pins, outcomes: Sequence[Outcome], there: Sequence[Candidate], *, elsewhere: bool) -> None:
     for place, _ in pins:
         mine = [o for o in outcomes if _at(place, o.of)]
         if failed := next((o for o in mine if o.reason), None):
             raise MemplanError(f"option 'tiles' has {place!r}, which cannot run in slices: {failed.reason}")
-        if not mine:
+        if not mine and not elsewhere:
             known = dict.fromkeys(f"{c.place.split(' ')[0]} ({c.layer})" for c in there)
             raise MemplanError(
                 f"option 'tiles' has {place!r}, and no region is there: give a source line or the end of a module's "

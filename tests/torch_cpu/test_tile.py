@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 import memplan
 from memplan.backend import memplan_backend
+from memplan.passes import inductor
 from memplan.passes.calls import view_base
 from memplan.passes.tile import forward_of_joint, tile_all
 from memplan.runtime import tiled
@@ -151,9 +152,33 @@ class Squashed(torch.autograd.Function):
         return g.clamp(-1e-2, 1e-2)
 
 
+@torch.library.custom_op("memplan_tests::cap_backward", mutates_args=())
+def cap_backward(g: torch.Tensor) -> torch.Tensor:
+    return g.clamp(max=1e-2)
+
+
+@cap_backward.register_fake
+def _(g: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(g)
+
+
+class Capped(torch.autograd.Function):
+    """So is this, of the loss, in an op that has the name of those that are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        found: torch.Tensor = torch.ops.memplan_tests.cap_backward(g)
+        return found
+
+
 WAYS: dict[str, tuple[Loss, str]] = {
     "one loss": (LOSSES["DAPO"], "gradient in the same pass"),
     "their own": (lambda m, r, h, z: -r.selected(Squashed.apply(z)).mean(), "clamp.default is not known to be prop"),
+    "their own op": (lambda m, r, h, z: Capped.apply(-r.selected(z).mean()), "cap_backward.default is not known"),
     "float16": (LOSSES["float16, scaled"], "float16, which a loss scale keeps"),
     "sequences": (LOSSES["GSPO"], "is not computed row by row"),
     "log-probs": (LOSSES["log-probs alone"], "not start from the gradient of one loss"),
@@ -240,9 +265,9 @@ def test_labels_out_of_range() -> None:
 # ---- from one end to the other --------------------------------------------------------------------------------------
 
 
-def model(dtype: torch.dtype = torch.float32) -> Sample:
+def model(dtype: torch.dtype = torch.float32, layers: int = 2) -> Sample:
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=2048, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4
     )
     return language_model(config, dtype, completions=3, tokens=96)
 
@@ -326,6 +351,40 @@ def test_pins(made: list[memplan.Plan]) -> None:
     assert "by 64 rows, " in notes[1] and "(x" not in notes[1]  # the other layer stays as it is
     assert "'heat', and no region is there" in refusal(sample, {"heat": 32})
     assert "lm_head)" in refusal(sample, {"heat": 32}) and "layers.1.mlp.gate_proj)" in refusal(sample, {"heat": 32})
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_pin_of_a_step_in_two_graphs(made: list[memplan.Plan]) -> None:
+    """The graph that has the place tiles it, and the other one does not mind."""
+    head, rows = Head(D, V), Rows.make(B, T, D, V, dtype=torch.float32)
+
+    def step() -> torch.Tensor:
+        h = torch.tanh(head.body(rows.x_BTD))
+        torch._dynamo.graph_break()
+        return -rows.selected(head.head(h)).mean()
+
+    for _ in range(2):
+        torch.compile(step, backend=memplan_backend, options={"inner": "eager", "tiles": {"head": 4}})().backward()
+    assert any(note.startswith("tiled by 4 rows") for plan in made for note in plan.step.notes)
+
+
+def test_generated_code_takes_what_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor keeps the plan's order, so its smallest plan's bytes are known before code is generated."""
+    found: list[tuple[int, int]] = []
+    generate = inductor._compile
+
+    def listening(*args: Any, **more: Any) -> Any:
+        made, predicted = generate(*args, **more)
+        if not more["reorder"]:
+            found.append((made.plan.peak - made.plan.step.base_bytes, predicted - made.plan.step.base_bytes))
+        return made, predicted
+
+    monkeypatch.setattr(inductor, "_compile", listening)
+    sample = model(layers=4)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="does not fit"):
+        compiled(sample, tiles=32, budget=1)(sample.batch)
+    generated, predicted = found[0]
+    assert generated <= 1.02 * predicted
 
 
 def test_a_pin_where_rows_mix() -> None:
