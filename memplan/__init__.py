@@ -27,6 +27,7 @@ _HOME = {
     "compare": "memplan.report",
     "Keep": "memplan.ir",
     "Recompute": "memplan.ir",
+    "Offload": "memplan.ir",
     "Plan": "memplan.ir",
     "Step": "memplan.ir",
     "Timeline": "memplan.ir",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from memplan.errors import MemplanError as MemplanError
     from memplan.ir import Keep as Keep
     from memplan.ir import Machine as Machine
+    from memplan.ir import Offload as Offload
     from memplan.ir import Plan as Plan
     from memplan.ir import Recompute as Recompute
     from memplan.ir import Step as Step

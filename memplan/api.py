@@ -20,6 +20,7 @@ def plan(
     inner: str = "inductor",
     optimizer: Any = None,
     tiles: int | str | Mapping[str, int] | None = None,
+    host_budget: str | int | float | None = None,
 ) -> Plan:
     """The plan for `step(*batch)` inside `budget`, made on fake tensors.
 
@@ -31,6 +32,8 @@ def plan(
         the one that has them by now. Its states count, and what its step takes.
     tiles: the most rows of a slice, for every region that can run in slices; {"lm_head": 256} for those in a module or
         at a source line; or "auto": as the fastest plan that fits has it; None: no slices.
+    host_budget: what may be off the device in the host's memory at a time, written as a budget is; 0: nothing; None:
+        half of this host's free memory, and nothing where device and host share one memory.
     inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
@@ -47,10 +50,11 @@ def plan(
         "inner": inner,
         "optimizer": optimizer,
         "tiles": tiles,
+        "host_budget": host_budget,
     }
     options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
     target = options.machine or this_machine("cpu")
-    allowed = read_budget(options.budget, target)
+    allowed = read_budget(options.budget, target, host=options.host_budget)
     partitioner = Partitioner(
         policy=options.policy,
         budget=allowed,

@@ -40,7 +40,7 @@ def memplan_backend(
     read = Options.read(options, os.environ)
     device = "cuda" if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs) else "cpu"
     target = read.machine or this_machine(device)
-    budget = read_budget(read.budget, target)
+    budget = read_budget(read.budget, target, host=read.host_budget)
     if read.inner == "inductor":
         budget = replace(budget, fixed_bytes=budget.fixed_bytes + AROUND)
     partitioner = Partitioner(

@@ -35,7 +35,8 @@ def plan(arguments: argparse.Namespace) -> int:
     FILE.py:make_step names a function without arguments that returns (step, batch).
     """
     given = {
-        name: getattr(arguments, name) for name in ("budget", "machine", "policy", "inner", "out", "optimizer", "tiles")
+        name: getattr(arguments, name)
+        for name in ("budget", "host_budget", "machine", "policy", "inner", "out", "optimizer", "tiles")
     }
     options = Options.read(given)
     if options.out:
@@ -46,6 +47,7 @@ def plan(arguments: argparse.Namespace) -> int:
             step,
             batch,
             budget=options.budget,
+            host_budget=options.host_budget,
             machine=options.machine,
             policy=options.policy,
             inner=options.inner,
@@ -105,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(plan)
     command.add_argument("target", metavar="FILE.py:make_step")
     command.add_argument("--budget", help='"24GB" or "50%%"; default MEMPLAN_BUDGET, else the whole device')
+    command.add_argument("--host-budget", help='likewise, of the host; "0B" for none; default half of what is free')
     command.add_argument("--machine", help="a name of the device table, such as rtx4090; default this one")
     command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
     command.add_argument("--inner", choices=("inductor", "eager"), help="what will run the graphs; default inductor")

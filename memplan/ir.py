@@ -1,7 +1,7 @@
 """The data that memplan's stages hand to each other: frozen, torch-free, saved as JSON by serialize.py.
 
     Step      what runs: graphs of Ops over Tensors (storages), in order of execution
-    Decision  Keep | Recompute, for the gap between a storage's last forward and first backward use
+    Decision  Keep | Recompute | Offload, for the gap between a storage's last forward and first backward use
     Plan      a Step, a Decision per storage, and the exact order of execution that follows
     Timeline  what is alive when, predicted or measured: the same type, so comparing them is one function
 
@@ -264,6 +264,12 @@ class Step:
         return frozenset(made & read & self.saveable)
 
     @functools.cached_property
+    def offloadable(self) -> frozenset[int]:
+        """Storages that can leave the device between forward and backward: those saveable that no caller holds."""
+        held = {t for g in self.graphs if g.phase == "forward" for t in g.outputs}
+        return self.saveable - held
+
+    @functools.cached_property
     def base_bytes(self) -> int:
         """Bytes that no decision changes: resident storages and state."""
         return sum(self.tensors[t].bytes for t in self.resident) + sum(b for _, b in self.held.kinds)
@@ -304,7 +310,27 @@ class Recompute:
     """The storage is freed after its last use in forward and computed again just before backward needs it."""
 
 
-Decision = Keep | Recompute
+Tier = Literal["host", "disk"]
+
+
+@dataclass(frozen=True)
+class Offload:
+    """The storage is copied to a tier below the device and freed there; backward copies it back before it needs it.
+
+    Each point is an op, an index into Step.ops; None: placed by passes/copies.py, from the machine's bandwidth.
+    `start_after`: the op of the forward graph after which the copy starts. `release_at`: the op of the forward graph
+    after which the device waits for the copy, and the memory is freed. `reload_at`: the op of the backward graph
+    before which memory is allocated again and the copy back starts; the first op that reads it waits for that copy.
+    So bytes follow from the order of ops alone: a copy that is late costs time, never memory.
+    """
+
+    tier: Tier = "host"
+    start_after: int | None = None
+    release_at: int | None = None
+    reload_at: int | None = None
+
+
+Decision = Keep | Recompute | Offload
 Decisions = Mapping[int, Decision]  # storage -> decision; a storage left out is kept if backward reads it
 
 
@@ -326,6 +352,7 @@ class Machine:
     bandwidth: float  # bytes/s of device memory
     flops: tuple[tuple[str, float], ...]
     host_bandwidth: float = 0.0  # bytes/s between host and device, one direction
+    disk_bandwidth: float = 1e9  # bytes/s between device and disk, one direction
     unified: bool = False  # host and device share one memory
     context_bytes: int = 0  # what the driver takes before the first tensor
     workspace_rules: tuple[tuple[str, float], ...] = ()  # op -> hidden workspace, in multiples of its first output
@@ -336,15 +363,23 @@ class Machine:
         rate = rates.get(op.dtype) or rates["float32"]
         return max(op.flops / rate, op.traffic / self.bandwidth)
 
+    def copy_seconds(self, size: int, tier: Tier) -> float:
+        """Time of a copy of `size` bytes between the device and a tier."""
+        return size / (self.disk_bandwidth if tier == "disk" else self.host_bandwidth or self.bandwidth)
+
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest peak allowed on the device. `available` is what is left for the step's own bytes."""
+    """The largest peak allowed on the device. `available` is what is left for the step's own bytes.
+
+    `host_bytes`: the most that may be in the host's memory at a time; 0: nothing is offloaded there.
+    """
 
     bytes: int
     fixed_bytes: int = 0  # context and libraries, measured
     reserve: float = 0.0  # the fraction held back against fragmentation
     note: str = ""  # how it was read: "clamped to the device's 24.0 GB"
+    host_bytes: int = 0
 
     @property
     def reserve_bytes(self) -> int:
@@ -353,6 +388,10 @@ class Budget:
     @property
     def available(self) -> int:
         return self.bytes - self.fixed_bytes - self.reserve_bytes
+
+    def leaving(self, available: int) -> Budget:
+        """One that leaves so many bytes for the step, and the same beside the device."""
+        return Budget(available, host_bytes=self.host_bytes)
 
     def needed_for(self, peak: int) -> int:
         """The smallest budget of this kind that leaves `peak` bytes for the step."""
@@ -369,6 +408,7 @@ class Moment:
     name: str
     seconds: float  # since the start; an estimate in a prediction
     phase: str = ""  # "forward" | "backward" | ...
+    stall: float = 0.0  # seconds that the device waits for a copy before this moment's work
 
 
 @dataclass(frozen=True)
@@ -380,7 +420,7 @@ class Block:
     kind: Kind
     start: int
     end: int
-    decision: str = ""  # "keep" | "recompute" | ""
+    decision: str = ""  # "keep" | "recompute" | "offload" | ""
     shape: tuple[int, ...] = ()
     dtype: str = ""
     source: str = ""
@@ -389,7 +429,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What is alive when. `base` are bytes alive throughout, by kind."""
+    """What is alive when. `base` are bytes alive throughout, by kind.
+
+    `host`: what is off the device, over the same moments, with its tier for a decision; it is in no total.
+    """
 
     title: str
     origin: Literal["predicted", "measured"]
@@ -397,6 +440,7 @@ class Timeline:
     blocks: tuple[Block, ...]
     base: tuple[tuple[Kind, int], ...] = ()
     notes: tuple[str, ...] = ()
+    host: tuple[Block, ...] = ()
 
     @property
     def base_bytes(self) -> int:
@@ -405,15 +449,17 @@ class Timeline:
     @functools.cached_property
     def totals(self) -> tuple[int, ...]:
         """Bytes alive at each moment, base included."""
-        delta = [0] * (len(self.moments) + 1)
-        for block in self.blocks:
-            delta[block.start] += block.bytes
-            delta[block.end] -= block.bytes
-        total, out = self.base_bytes, []
-        for change in delta[:-1]:
-            total += change
-            out.append(total)
-        return tuple(out)
+        return tuple(self.base_bytes + n for n in _sums(self.blocks, len(self.moments)))
+
+    @functools.cached_property
+    def host_peak(self) -> int:
+        """The most bytes that are in the host's memory at a time."""
+        return max(_sums((b for b in self.host if b.decision == "host"), len(self.moments)), default=0)
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the device waits for copies."""
+        return sum(m.stall for m in self.moments)
 
     @property
     def peak(self) -> int:
@@ -451,6 +497,15 @@ class Timeline:
         return serialize.load(path, Timeline)
 
 
+def _sums(blocks: Iterable[Block], count: int) -> list[int]:
+    """The bytes of the blocks alive at each of `count` moments."""
+    change = [0] * (count + 1)
+    for block in blocks:
+        change[block.start] += block.bytes
+        change[block.end] -= block.bytes
+    return list(itertools.accumulate(change[:-1]))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Decisions for every storage that could cross from forward to backward, and what follows from them."""
@@ -486,7 +541,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.budget.available
+        return self.peak <= self.budget.available and self.timeline.host_peak <= self.budget.host_bytes
 
     @property
     def overhead(self) -> float:
@@ -495,8 +550,13 @@ class Plan:
 
     @property
     def saved(self) -> frozenset[int]:
-        """The storages that cross from forward to backward."""
-        return frozenset(t for t, d in self.decisions if isinstance(d, Keep))
+        """The storages that cross from forward to backward, on the device or off it."""
+        return frozenset(t for t, d in self.decisions if isinstance(d, (Keep, Offload)))
+
+    @property
+    def offloads(self) -> dict[int, Offload]:
+        """Those of them that leave the device."""
+        return {t: d for t, d in self.decisions if isinstance(d, Offload)}
 
     def __str__(self) -> str:
         from memplan import report

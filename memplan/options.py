@@ -24,8 +24,8 @@ from memplan.units import parse_bytes as parse_bytes
 FRAGMENTATION_RESERVE = 0.02
 
 _ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
-_NOT_BUILT = ("host_budget",)
 _TAKEN = ("custom_partitioner_fn", "joint_custom_post_pass")  # of Inductor's config
+_OF = {"budget": "the device", "host_budget": "the host"}
 _LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 
 
@@ -34,6 +34,8 @@ class Options:
     """What one compile was asked to do.
 
     `budget`: "24GB", "50%", a fraction as a float, bytes as an int; None: the whole device.
+    `host_budget`: the most that may be off the device in the host's memory, written as a budget is, 0 for none; None:
+    half of the host's free memory, and none where the device has no memory of its own.
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
     `out`: the file to which the plan is saved, .json or .png.
@@ -53,6 +55,7 @@ class Options:
     limits: tuple[tuple[str, int], ...] = ()
     optimizer: Any = None
     tiles: int | tuple[tuple[str, int], ...] | Literal["auto"] | None = None
+    host_budget: str | int | float | None = None
 
     @staticmethod
     def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
@@ -61,14 +64,14 @@ class Options:
         environ = os.environ if environ is None else environ
         known = [f.name for f in fields(Options)]
         for name in given:
-            if name in _NOT_BUILT:
-                raise MemplanError(f"option {name!r} is not built yet; leave it out (there are {', '.join(known)})")
             if name not in known:
                 raise MemplanError(f"no option {name!r}: there are {', '.join(known)}{did_you_mean(str(name), known)}")
         from_environment = {name: environ[key] for name, key in _ENVIRONMENT.items() if environ.get(key)}
         values = from_environment | {name: value for name, value in given.items() if value is not None}
         if "budget" in values:
             _amount(values["budget"])
+        if "host_budget" in values:
+            _host_amount(values["host_budget"])
         if "machine" in values:
             values["machine"] = machine(values["machine"])
         policy = values.get("policy", "greedy")
@@ -136,10 +139,16 @@ def _sizes(limits: object) -> tuple[tuple[str, int], ...]:
     return tuple(limits.items())
 
 
-def read_budget(value: str | int | float | None, machine: Machine, device_total: int | None = None) -> Budget:
+def read_budget(
+    value: str | int | float | None,
+    machine: Machine,
+    device_total: int | None = None,
+    host: str | int | float | None = None,
+) -> Budget:
     """The budget in bytes: "24GB", "50%" or 0.5 of the device, an int of bytes; None is the whole device.
 
     `device_total`: the device's memory where it is known better than the machine's table entry.
+    `host`: the host budget, likewise of this host's free memory; None: half of it, and nothing of a unified machine's.
     What is larger than the device is clamped, and the note says so.
     """
     total = machine.memory_bytes if device_total is None else device_total
@@ -151,43 +160,68 @@ def read_budget(value: str | int | float | None, machine: Machine, device_total:
         size = amount if isinstance(amount, int) else int(amount * total)
         if size > total:
             size, note = total, f"clamped from {human(size)} to the device's {human(total)}"
+    off = _host_bytes(host, machine)
     if machine.device == "cpu":  # counted in the allocator's own bytes, so nothing else is in the way
-        return Budget(size, note=note)
-    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note)
+        return Budget(size, note=note, host_bytes=off)
+    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note, off)
 
 
-def _amount(value: object) -> int | float:
-    """Bytes as an int, or a fraction of the device in (0, 1] as a float."""
+def _host_bytes(given: str | int | float | None, machine: Machine) -> int:
+    if given is None:
+        return 0 if machine.unified else _free_memory() // 2
+    amount = _host_amount(given)
+    return amount if isinstance(amount, int) else int(amount * _free_memory())
+
+
+def _host_amount(given: object) -> int | float:
+    """As of a budget, but that it may be nothing."""
+    nothing = isinstance(given, (int, str)) and str(given).strip().upper() in ("0", "0B", "0GB")
+    return 0 if nothing else _amount(given, "host_budget")
+
+
+def _free_memory() -> int:
+    """Bytes of this host's memory that can be taken without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass  # not Linux: what is free at least
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _amount(value: object, name: str = "budget") -> int | float:
+    """Bytes as an int, or a fraction of the memory in (0, 1] as a float."""
     if isinstance(value, float):
-        return _fraction(value)
+        return _fraction(value, name)
     if isinstance(value, str):
         text = value.strip()
         if text.endswith("%"):
-            return _percent(text)
+            return _percent(text, name)
         if _is_fraction(text):
-            raise MemplanError(f'budget {value!r} has no unit; did you mean "{100 * float(text):g}%" of the device?')
+            raise MemplanError(f'{name} {value!r} has no unit; did you mean "{100 * float(text):g}%" of {_OF[name]}?')
     elif not isinstance(value, int) or isinstance(value, bool):
-        raise MemplanError(f'budget {value!r} is not an amount of memory: use "24GB", "50%", 0.5 or an int of bytes')
+        raise MemplanError(f'{name} {value!r} is not an amount of memory: use "24GB", "50%", 0.5 or an int of bytes')
     try:
         return parse_bytes(value)
     except MemplanError as e:
-        raise MemplanError(f"budget {e}") from None
+        raise MemplanError(f"{name} {e}") from None
 
 
-def _fraction(value: float) -> float:
+def _fraction(value: float, name: str) -> float:
     if 0 < value <= 1:
         return value
     guess = f'; did you mean "{value:g}GB"?' if 1 < value < math.inf else ""
-    raise MemplanError(f"budget {value!r}: a float is a fraction of the device's memory, above 0 and at most 1{guess}")
+    raise MemplanError(f"{name} {value!r}: a float is a fraction of {_OF[name]}'s memory, above 0 and at most 1{guess}")
 
 
-def _percent(text: str) -> float:
+def _percent(text: str, name: str) -> float:
     try:
         percent = float(text[:-1])
     except ValueError:
         percent = math.nan
     if not 0 < percent <= 100:
-        raise MemplanError(f'budget {text!r}: a percentage of the device is above 0 and at most 100, like "50%"')
+        raise MemplanError(f'{name} {text!r}: a percentage of {_OF[name]} is above 0 and at most 100, like "50%"')
     return percent / 100
 
 

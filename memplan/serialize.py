@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memplan.errors import MemplanError
-from memplan.ir import Decision, Keep, Plan, Recompute, Step, Timeline
+from memplan.ir import Decision, Keep, Offload, Plan, Recompute, Step, Timeline
 
 SCHEMA = 3  # raised when files written before can no longer be read
 
-_UNIONS: dict[str, type] = {"Keep": Keep, "Recompute": Recompute}
+_DECISIONS: dict[str, type] = {kind.__name__: kind for kind in (Keep, Recompute, Offload)}
 
 
 def to_json(value: Step | Plan | Timeline) -> str:
@@ -29,11 +29,10 @@ def to_json(value: Step | Plan | Timeline) -> str:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, (Keep, Recompute)):
-        return {"is": type(value).__name__}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {f.name: _encode(v) for f, v in fields if f.default is dataclasses.MISSING or v != f.default}
+        made = {f.name: _encode(v) for f, v in fields if f.default is dataclasses.MISSING or v != f.default}
+        return {"is": type(value).__name__} | made if isinstance(value, (Keep, Recompute, Offload)) else made
     if isinstance(value, tuple):
         return [_encode(v) for v in value]
     return value
@@ -100,7 +99,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _decode(value: Any, hint: Any) -> Any:
     if hint == Decision:
-        return _UNIONS[value["is"]]()
+        return _decode({k: v for k, v in value.items() if k != "is"}, _DECISIONS[value["is"]])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
             raise ValueError(f"expected the fields of {hint.__name__}, found {value!r:.60}")

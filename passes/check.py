@@ -4,7 +4,9 @@ In: a Plan. Out: one sentence per broken rule, none for a valid plan. Executes t
 storages, the way an executor would over memory.
 """
 
-from memplan.ir import Keep, Plan, Step
+from collections.abc import Mapping
+
+from memplan.ir import Graph, Keep, Offload, Plan, Run, Step
 
 
 def check(plan: Plan) -> list[str]:
@@ -30,6 +32,8 @@ def _decisions(plan: Plan) -> list[str]:
             broken.append(f"{name}: {decision} for a storage that exists only in backward")
         elif t in _read_elsewhere(plan.step):
             broken.append(f"{name}: {decision} for a storage that another unit of the step reads")
+        elif isinstance(decision, Offload) and any(t in g.outputs for g in plan.step.graphs if g.phase == "forward"):
+            broken.append(f"{name}: {decision} for a result of forward, which the caller holds")
     return broken
 
 
@@ -59,7 +63,9 @@ def _execution(plan: Plan) -> list[str]:
     step, broken = plan.step, []
     elsewhere = _read_elsewhere(step)
     kept = {t for t, d in plan.decisions if isinstance(d, Keep)}
+    away = {t: d for t, d in plan.decisions if isinstance(d, Offload)}
     have, made_ahead = set(step.resident), set[int]()
+    copied = dict[int, int]()  # off the device -> the unit that made it
     for graph, runs in zip(step.graphs, plan.runs, strict=True):
         if graph.phase == "backward":
             have -= made_ahead - kept - elsewhere
@@ -67,18 +73,39 @@ def _execution(plan: Plan) -> list[str]:
         have.update(t for t in graph.inputs if t not in step.producer)
         for run in runs:
             op = step.ops[run.op]
+            have |= {t for t, unit in copied.items() if unit == graph.unit and away[t].reload_at == run.op}
             missing = [_name(step, t) for t in op.inputs if t not in have]
             if missing:
                 broken.append(f"{op.name}: reads {', '.join(missing)} in {graph.name}, which is not there")
             have.update(op.outputs)
             if graph.phase == "forward":
                 made_ahead.update(op.outputs)
+                left = {t for t in made_ahead & away.keys() if away[t].release_at == run.op}
+                have -= left
+                copied |= dict.fromkeys(left, graph.unit)
+        if graph.phase == "forward":
+            broken += _starts(step, graph, runs, away)
         leaves = {t for t in kept if t in step.producer and step.producer[t][1] in graph.ops} | set(graph.outputs)
         if graph.phase == "forward":
             for t in sorted(leaves - have):
                 broken.append(f"{_name(step, t)}: leaves {graph.name} and was never made there")
     for t in sorted(set(step.backward.outputs) - have - set(step.forward.outputs)):
         broken.append(f"{_name(step, t)}: an output of backward that is never made")
+    return broken
+
+
+def _starts(step: Step, graph: Graph, runs: tuple[Run, ...], away: Mapping[int, Offload]) -> list[str]:
+    """Copies start when there is something to copy, and before the memory is freed."""
+    broken = []
+    at: dict[int | None, int] = {run.op: k for k, run in enumerate(runs)}
+    made_at = {t: k for k, run in enumerate(runs) for t in step.ops[run.op].outputs if t in away}
+    for t, made in made_at.items():
+        d = away[t]
+        points = [at.get(d.start_after, -1), at.get(d.release_at, -1)]
+        if points[0] < made:
+            broken.append(f"{_name(step, t)}: its copy starts where it is not there, in {graph.name}")
+        if points[1] < points[0]:
+            broken.append(f"{_name(step, t)}: freed before its copy starts, in {graph.name}")
     return broken
 
 

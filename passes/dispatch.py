@@ -204,7 +204,7 @@ class Adaptive:
 
     def decided(self, sizes: tuple[int, ...], decisions: Mapping[int, Decision], policy: str) -> Variant:
         """A variant with these decisions, whether or not it fits alone: one that is there, or a new one."""
-        key = tuple(sorted((t, type(d).__name__) for t, d in decisions.items()))
+        key = tuple(sorted(decisions.items(), key=lambda decided: decided[0]))
         if key not in self.by_decisions:
             partitioner = replace(
                 self.partitioner,

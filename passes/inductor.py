@@ -113,7 +113,7 @@ def compile_inductor(
     rounds = [(False, False)] * (0 if partitioner.smallest else ROUNDS) + [(True, False), (True, True)]
     while rounds:
         smallest, reorder = rounds.pop(0)
-        target = replace(partitioner, budget=Budget(wanted), smallest=smallest)
+        target = replace(partitioner, budget=budget.leaving(wanted), smallest=smallest)
         compiled, predicted = _compile(graph, example_inputs, target, config, reorder=reorder)
         notes = (f"planned {len(tried) + 1} times until the generated code fitted",) if tried else ()
         compiled = compiled.changed(functools.partial(_inside, budget=budget, notes=notes))
@@ -201,9 +201,12 @@ def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Timeline:
 
 
 def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int], known: workspaces.Known) -> Timeline:
-    blocks = []
+    blocks, host = list[Block](), list[Block]()
     for i, (start, size, name) in enumerate(tape.allocated):
         stop = tape.freed.get(i, end)
+        if i in tape.away:
+            host.append(Block(name, size, "activation", start, min(stop, end), tape.away[i]))
+            continue
         kind: Kind = "gradient" if i in gradients else "activation" if start < split < stop else "temporary"
         blocks.append(Block(name, size, kind, start, min(stop, end), "keep" if start < split < stop else ""))
     inside = workspaces.measure([call for _, call in tape.calls], known)
@@ -214,5 +217,5 @@ def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int],
         Moment(f"event {i}", plan.timeline.seconds * i / end, "forward" if i < split else "backward")
         for i in range(end)
     )
-    made = replace(plan.timeline, moments=moments, blocks=tuple(blocks), base=base(plan.step))
+    made = replace(plan.timeline, moments=moments, blocks=tuple(blocks), base=base(plan.step), host=tuple(host))
     return followed(made, plan.step.held)

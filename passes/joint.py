@@ -20,7 +20,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from memplan.ir import Block, Decision, Graph, Held, Keep, Kind, Moment, Op, Plan, Recompute, Step, Tensor, Timeline
+from memplan.ir import (
+    Block,
+    Decision,
+    Graph,
+    Held,
+    Keep,
+    Kind,
+    Moment,
+    Offload,
+    Op,
+    Plan,
+    Recompute,
+    Step,
+    Tensor,
+    Timeline,
+)
 from memplan.passes.simulate import followed
 
 
@@ -185,8 +200,34 @@ def shares(plan: Plan, merged: Merged, own_plans: Sequence[Plan]) -> list[dict[i
         read = {t for run in runs[k] for t in step.ops[run.op].inputs}
         kept = plan.saved | (given & read)
         mine = [t for t in own.saveable if t in own.read_in_backward or index[t] in kept]
-        out.append({t: Keep() if index[t] in kept else Recompute() for t in mine})
+        places = _places(step, own, k)
+        away = {t: d for t, d in plan.offloads.items()}
+        out.append(
+            {
+                t: _elsewhere(away[index[t]], places)
+                if index[t] in away
+                else Keep()
+                if index[t] in kept
+                else Recompute()
+                for t in mine
+            }
+        )
     return out
+
+
+def _places(step: Step, own: Step, unit: int) -> dict[int | None, int]:
+    """Ops of the whole step -> the same of a part."""
+    found = dict[int | None, int]()
+    for graph, span in zip(step.graphs, step.spans, strict=True):
+        if graph.unit == unit:
+            first = len(own.forward.ops) if graph.phase == "backward" else 0
+            found |= {i: first + k for k, i in enumerate(span)}
+    return found
+
+
+def _elsewhere(decision: Offload, places: Mapping[int | None, int]) -> Offload:
+    points = (decision.start_after, decision.release_at, decision.reload_at)
+    return Offload(decision.tier, *(places.get(point) for point in points))
 
 
 # ---- one Timeline ---------------------------------------------------------------------------------------------------
@@ -201,7 +242,7 @@ def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
         behind[k], at = at, at + sizes[k][1]
     crossing = links(parts)
     ends = _gradients(parts, crossing, behind, at, adding=any(kind == "gradient" for kind, _ in held.kinds))
-    blocks: list[Block] = []
+    blocks, host = list[Block](), list[Block]()
     for k, part in enumerate(parts):
         first, count = sizes[k][0], sum(sizes[k])
         waiting = _by_size(part.plan.step, ends[k])
@@ -212,8 +253,11 @@ def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
                 # Of gradients of one size it does not matter which is which: all are alive when the unit ends.
                 end = max(end, waiting[block.bytes].pop() if waiting.get(block.bytes) else at)
             blocks.append(dataclasses.replace(block, start=start, end=end))
+        for b in part.plan.timeline.host:  # from forward to backward
+            host.append(dataclasses.replace(b, start=ahead[k] + b.start, end=behind[k] + b.end - first))
         blocks += _sums(k, parts, crossing, behind[k] + count - first)
-    made = Timeline(title, "predicted", _moments(parts, sizes), tuple(blocks), _base(parts, crossing, held))
+    moments, base = _moments(parts, sizes), _base(parts, crossing, held)
+    made = Timeline(title, "predicted", moments, tuple(blocks), base, host=tuple(host))
     return followed(made, held)
 
 

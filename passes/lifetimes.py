@@ -1,9 +1,10 @@
 """An order of execution -> the half-open lifetime of every storage in it.
 
-In: a Step, the Runs of each of its graphs, the storages that cross. Out: one Life per storage and execution.
+In: a Step, the Runs of each of its graphs, the storages that cross, the copies of those that are off the device in
+between. Out: one Life per storage and execution.
 A moment is the index of a run, counted through all graphs. What must hold: a storage is alive from the run that makes
-it to the run that reads it last, both included; step outputs live to the end; a recomputed storage has two lives; what
-a graph is given by its caller lives at least as long as that graph runs.
+it to the run that reads it last, both included; step outputs live to the end; a recomputed or offloaded storage has two
+lives; what a graph is given by its caller lives at least as long as that graph runs.
 This is liveness of the executors: names are dropped after their last use, and nothing else holds a storage.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from memplan.ir import Run, Step
+from memplan.passes.copies import Copy
 from memplan.passes.fusion import Access, inplace, inputs_and_outputs
 
 
@@ -24,8 +26,10 @@ class Life(NamedTuple):
     again: bool
 
 
-def lifetimes(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int]) -> list[Life]:
-    """Every life, in order of start."""
+def lifetimes(
+    step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int], copies: Sequence[Copy] = ()
+) -> list[Life]:
+    """Every life."""
     stays = step.given.union(saved)  # read from their first life, even if an op with several results makes them again
     count = sum(map(len, runs))
     lives: list[list[int]] = []  # storage, start, end, again
@@ -63,7 +67,19 @@ def lifetimes(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int])
     out = [Life(t, start, end, step.tensors[t].bytes, bool(again)) for t, start, end, again in lives if start < end]
     if step.fused:
         out = inplace(step, out, accesses, [k for k, own in enumerate(runs) for _ in own])
-    return out + _inside_ops(step, runs)
+    return _without_gaps(out, copies) + _inside_ops(step, runs)
+
+
+def _without_gaps(lives: list[Life], copies: Sequence[Copy]) -> list[Life]:
+    """The lives, but for the moments in which a storage is off the device."""
+    away, out = {copy.storage: copy for copy in copies}, list[Life]()
+    for life in lives:
+        copy = None if life.again else away.get(life.storage)
+        if copy is None:
+            out.append(life)
+        else:
+            out += [life._replace(end=copy.release + 1), life._replace(start=copy.reload)]
+    return out
 
 
 def _accesses(step: Step, runs: Sequence[Sequence[Run]], stays: Collection[int]) -> list[list[Access]]:

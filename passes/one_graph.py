@@ -7,6 +7,7 @@ that the plan keeps, storages that parts hand to each other; views are replayed 
     before    a b c d | d' c'          plan: keep b, recompute c
     after     a b c d   c again from b, d' c'
 
+A storage that the plan offloads is copied off the device and back where the plan says, as in offload.py.
 A random op that runs twice draws the same numbers: its generator state is saved when it first runs. Every node says
 which part it is of, because an inner compiler that fuses must keep parts apart: else it would fuse micro-batches with
 each other, and an op with its own second run, because they read the same.
@@ -21,8 +22,10 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import is_sym_node
 
 from memplan.ir import Plan, Run
+from memplan.passes import copies
 from memplan.passes.compat import replay_random, save_random
 from memplan.passes.kernel_order import PART
+from memplan.passes.offload import arrive, release, reload, start
 
 Made = dict[fx.Node, fx.Node]  # a node of the old graph -> what stands for it now in the new one
 
@@ -46,6 +49,9 @@ class _Rewriter:
         self.states: Made = {}  # random op that runs again -> its saved generator state
         self.again = {run.op for runs in plan.runs for run in runs if run.again}
         self.stays = plan.saved | plan.step.given | plan.step.late
+        self.copies = [(c, self.by_name[plan.step.tensors[c.storage].name]) for c in self._moments()]
+        self.handles: Made = {}  # what is off the device
+        self.moment = 0
         for node in self.old.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self.there[node] = self._copy(node, {})
@@ -55,7 +61,10 @@ class _Rewriter:
         self.made = dict(self.there)
         first = len(self.graph.nodes)
         for run in self.plan.runs[k]:
+            self._before()
             self._run(self.by_name[self.plan.step.ops[run.op].name], run)
+            self._after()
+            self.moment += 1
         for node in list(self.graph.nodes)[first:]:
             node.meta[PART] = k
 
@@ -63,6 +72,27 @@ class _Rewriter:
         """The new graph with its output."""
         self._emit(self.old.output_node())
         return self.graph
+
+    def _moments(self) -> list[copies.Copy]:
+        return copies.moments(self.plan.step, self.plan.runs, self.plan.offloads)
+
+    def _before(self) -> None:
+        """What comes back, and what has to be back."""
+        for copy, x in self.copies:
+            if copy.reload == self.moment:
+                self.made[x] = reload(self.graph, self.handles[x], x.meta["val"].device)
+        for copy, x in self.copies:
+            if copy.first_use == self.moment:
+                arrive(self.graph, self.made[x], self.handles[x])
+
+    def _after(self) -> None:
+        """What leaves, and what has to have left."""
+        for copy, x in self.copies:
+            if copy.start == self.moment:
+                self.handles[x] = start(self.graph, self.made[x], self.plan.offloads[copy.storage].tier)
+        for copy, x in self.copies:
+            if copy.release == self.moment:
+                release(self.graph, self.made[x], self.handles[x])
 
     def _run(self, node: fx.Node, run: Run) -> None:
         for needed in node.all_input_nodes:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from memplan.errors import DoesNotFit, MemplanError, did_you_mean
-from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Plan, Recompute, Step
-from memplan.passes import policies
+from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Offload, Plan, Recompute, Step
+from memplan.passes import copies, policies
 from memplan.passes.check import check
 from memplan.passes.policies.greedy import Greedy, least_beside_others
 from memplan.passes.schedule import saved_by, schedule
@@ -38,16 +38,16 @@ def make_plan(
         decisions = {t: Keep() if t in saved else Recompute() for t in step.read_in_backward | saved}
         plan = evaluate(step, decisions, budget, machine, inner, "greedy")
         if fit and not plan.fits:
-            plan = replace(smallest_plan(step, machine, inner), budget=budget)
+            plan = replace(smallest_plan(step, machine, inner, budget), budget=budget)
             if not plan.fits:
                 raise does_not_fit(plan, plan)
         return plan
     chosen = policies.find(policy)
-    asked = Budget(0) if smallest else budget
+    asked = budget.leaving(0) if smallest else budget
     plan = evaluate(step, _ask(chosen, step, asked, machine), budget, machine, inner, policies.name_of(policy))
     if fit and not plan.fits:
         # Greedy has looked for the smallest plan already.
-        raise does_not_fit(plan, plan if isinstance(chosen, Greedy) else smallest_plan(step, machine, inner))
+        raise does_not_fit(plan, plan if isinstance(chosen, Greedy) else smallest_plan(step, machine, inner, budget))
     return plan
 
 
@@ -59,12 +59,15 @@ def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine,
     read = {t for run in backward for t in step.ops[run.op].inputs} | set(step.backward.outputs)
     saved = saved_by(step, decisions) & read
     again = {t for run in backward if run.again for t in step.ops[run.op].outputs}
-    final: dict[int, Decision] = {t: Keep() for t in saved} | {t: Recompute() for t in again & step.saveable - saved}
+    wanted = {t: d for t, d in decisions.items() if isinstance(d, Offload) and t in saved}
+    offloads = copies.placed(step, runs, wanted, machine)
+    final: dict[int, Decision] = {t: offloads.get(t, Keep()) for t in saved}
+    final |= {t: Recompute() for t in again & step.saveable - saved}
     plan = Plan(
         step=step,
         decisions=tuple(sorted(final.items())),
         runs=runs,
-        timeline=simulate(step, runs, saved, machine),
+        timeline=simulate(step, runs, saved, machine, offloads),
         budget=budget,
         machine=machine,
         policy=policy,
@@ -92,7 +95,7 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
     if not isinstance(decisions, Mapping):
         raise MemplanError(
             f"policy {policy!r} returned a {type(decisions).__name__}; it must return a mapping storage -> Keep() | "
-            "Recompute()"
+            "Recompute() | Offload()"
         )
     by_name = {tensor.name: t for t, tensor in enumerate(step.tensors)}
     out: dict[int, Decision] = {}
@@ -101,20 +104,27 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
         if not isinstance(storage, int) or not 0 <= storage < len(step.tensors):
             hint = did_you_mean(key, by_name) if isinstance(key, str) else f": the step has {len(step.tensors)}"
             raise MemplanError(f"policy {policy!r} decides on a storage {key!r} that the step does not have{hint}")
-        if not isinstance(decision, (Keep, Recompute)):
-            raise MemplanError(f"policy {policy!r} gives {decision!r} for {key!r}; it must be Keep() or Recompute()")
+        if not isinstance(decision, (Keep, Recompute, Offload)):
+            raise MemplanError(
+                f"policy {policy!r} gives {decision!r} for {key!r}; it must be Keep(), Recompute() or Offload()"
+            )
         if storage not in step.saveable:
             raise MemplanError(
                 f"policy {policy!r} decides on {step.tensors[storage].name!r}, which cannot cross from forward to "
                 "backward: decide on storages in step.saveable"
             )
+        if isinstance(decision, Offload) and storage not in step.offloadable:
+            raise MemplanError(
+                f"policy {policy!r} offloads {step.tensors[storage].name!r}, which is a result of forward that the "
+                "caller holds: offload storages in step.offloadable"
+            )
         out[storage] = decision
     return out
 
 
-def smallest_plan(step: Step, machine: Machine, inner: str) -> Plan:
+def smallest_plan(step: Step, machine: Machine, inner: str, budget: Budget) -> Plan:
     """The plan of least peak that any built-in policy reaches: greedy's path ends in all the others."""
-    nothing = Budget(0)
+    nothing = budget.leaving(0)
     return evaluate(step, Greedy()(step, nothing, machine), nothing, machine, inner, "greedy")
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from memplan.errors import MemplanError
 from memplan.ir import Plan, Run
 from memplan.passes.compat import extract
+from memplan.passes.offload import offload
 
 
 def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -39,6 +40,7 @@ def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.G
     forward, backward = extract(joint, saved, symbols, num_fwd_outputs)
     forward.graph = _ordered(forward.graph, _nodes(forward.graph, plan, plan.forward))
     backward.graph = _ordered(backward.graph, _nodes(backward.graph, plan, plan.backward))
+    offload(forward.graph, backward.graph, plan)
     if any(n.meta.get("recompute") for n in joint.graph.nodes) and any(_is_tangent(n) for n in backward.graph.nodes):
         forward, backward = functionalize_rng_ops(joint, forward, backward, len(symbols))
         forward.graph, backward.graph = (_ordered(half.graph, half.graph.nodes) for half in (forward, backward))

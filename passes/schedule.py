@@ -11,12 +11,12 @@ possible. The simulator and the rewrite both follow this order and know no other
 
 from collections.abc import Collection, Iterable
 
-from memplan.ir import Decisions, Keep, Run, Step
+from memplan.ir import Decisions, Recompute, Run, Step
 
 
 def saved_by(step: Step, decisions: Decisions) -> frozenset[int]:
-    """The storages that cross: those kept by name, and those backward reads that no decision mentions."""
-    kept = {t for t, d in decisions.items() if isinstance(d, Keep)}
+    """The storages that cross: those kept or offloaded by name, and those backward reads that no decision mentions."""
+    kept = {t for t, d in decisions.items() if not isinstance(d, Recompute)}
     return frozenset(kept | (step.read_in_backward - decisions.keys()))
 
 

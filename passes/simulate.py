@@ -1,35 +1,97 @@
 """An order of execution -> a Timeline: bytes exactly, from op order alone; time as an estimate.
 
-In: a Step, the Runs of its graphs and the storages that cross. Out: who is alive when. Bytes depend on no clock, so
-they are the same on every machine; seconds are the roofline's. `peak` is the same arithmetic without the names, for
-policies that ask often.
+In: a Step, the Runs of its graphs, the storages that cross and the Offloads among them, placed. Out: who is alive when.
+Bytes depend on no clock, so they are the same on every machine; seconds are the roofline's, and two copy engines' that
+run beside it, one for each direction, each copy after the other: what waits for them stalls. `peak` is the same
+arithmetic without the names, for policies that ask often.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from memplan.ir import Block, Held, Kind, Machine, Moment, Run, Step, Timeline
+from memplan.ir import Block, Held, Kind, Machine, Moment, Offload, Run, Step, Tensor, Timeline
+from memplan.passes import copies
 from memplan.passes.lifetimes import Life, lifetimes
 from memplan.passes.schedule import schedule
 
+NONE: Mapping[int, Offload] = {}
 
-def simulate(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int], machine: Machine) -> Timeline:
+
+def simulate(
+    step: Step,
+    runs: Sequence[Sequence[Run]],
+    saved: Collection[int],
+    machine: Machine,
+    offloads: Mapping[int, Offload] = NONE,
+) -> Timeline:
     """The predicted timeline of one step."""
-    moments, clock = [], 0.0
-    for graph, own in zip(step.graphs, runs, strict=True):
-        for run in own:
-            op = step.ops[run.op]
-            clock += machine.seconds(op)
-            moments.append(Moment(op.name, clock, graph.phase))
+    moved = copies.moments(step, runs, offloads)
+    moments = _moments(step, runs, moved, offloads, machine)
     order = [run for own in runs for run in own]
     gradients = set(step.backward.outputs)
-    blocks = tuple(
-        _block(step, life, order, crossing=_crosses(moments, life), gradients=gradients)
-        for life in lifetimes(step, runs, saved)
-    )
-    made = Timeline(step.name, "predicted", tuple(moments), blocks, base(step), step.notes)
+    blocks = []
+    for life in lifetimes(step, runs, saved, moved):
+        decision = "offload" if life.storage in offloads and not life.again else ""
+        crossing = bool(decision) or _crosses(moments, life)
+        blocks.append(_block(step, life, order, crossing=crossing, gradients=gradients, decision=decision))
+    host = tuple(_host_block(step.tensors[c.storage], c, offloads[c.storage]) for c in moved)
+    made = Timeline(step.name, "predicted", tuple(moments), tuple(blocks), base(step), step.notes, host)
     return followed(made, step.held)
+
+
+def stalled(step: Step, runs: Sequence[Sequence[Run]], offloads: Mapping[int, Offload], machine: Machine) -> float:
+    """Estimated time that the device waits for copies."""
+    moved = copies.moments(step, runs, offloads)
+    return sum(m.stall for m in _moments(step, runs, moved, offloads, machine))
+
+
+def _moments(
+    step: Step,
+    runs: Sequence[Sequence[Run]],
+    moved: Sequence[copies.Copy],
+    offloads: Mapping[int, Offload],
+    machine: Machine,
+) -> list[Moment]:
+    """The runs, with the time at which each ends and the time that it had to wait for copies."""
+    events: dict[int, list[tuple[str, copies.Copy]]] = {}
+    for c in moved:
+        for at, what in ((c.start, "start"), (c.release, "release"), (c.reload, "reload"), (c.first_use, "use")):
+            events.setdefault(at, []).append((what, c))
+    out, clock, free = list[Moment](), 0.0, {"start": 0.0, "reload": 0.0}
+    done = dict[tuple[int, str], float]()  # (storage, "start" or "reload") -> when that copy is done
+    late = 0.0  # what is waited for before the next run
+
+    def copy(c: copies.Copy, what: str, now: float) -> None:
+        d = offloads[c.storage]
+        free[what] = max(free[what], now) + machine.copy_seconds(step.tensors[c.storage].bytes, d.tier)
+        done[c.storage, what] = free[what]
+
+    for graph, own in zip(step.graphs, runs, strict=True):
+        for run in own:
+            here = sorted(events.get(len(out), ()), key=lambda e: e[1].first_use)
+            for what, c in here:
+                if what == "reload":
+                    copy(c, "reload", clock + late)
+            ready = max((done[c.storage, "reload"] for what, c in here if what == "use"), default=0.0)
+            late = max(late, ready - clock)
+            op = step.ops[run.op]
+            clock += late + machine.seconds(op)
+            out.append(Moment(op.name, clock, graph.phase, late))
+            for what, c in here:
+                if what == "start":
+                    copy(c, "start", clock)
+            late = max((done[c.storage, "start"] - clock for what, c in here if what == "release"), default=0.0)
+            late = max(late, 0.0)
+    return out
+
+
+def _host_block(tensor: Tensor, c: copies.Copy, decision: Offload) -> Block:
+    """An offloaded storage off the device: from the start of its copy to the end of the copy back."""
+    return Block(
+        tensor.name, tensor.bytes, "activation", c.start, c.first_use + 1, decision.tier,
+        tensor.shape, tensor.dtype, tensor.source, tensor.layer,
+    )  # fmt: skip
 
 
 def followed(timeline: Timeline, held: Held) -> Timeline:
@@ -52,11 +114,11 @@ def _crosses(moments: Sequence[Moment], life: Life) -> bool:
     return moments[life.start].phase == "forward" and moments[life.end - 1].phase == "backward"
 
 
-def peak(step: Step, saved: Collection[int]) -> int:
-    """The peak in bytes, base included, when the storages `saved` cross."""
+def peak(step: Step, saved: Collection[int], offloads: Mapping[int, Offload] = NONE) -> int:
+    """The peak in bytes, base included, when the storages `saved` cross, `offloads` among them off the device."""
     runs = schedule(step, saved)
     change = [0] * (sum(map(len, runs)) + 1)
-    for life in lifetimes(step, runs, saved):
+    for life in lifetimes(step, runs, saved, copies.moments(step, runs, offloads) if offloads else ()):
         change[life.start] += life.bytes
         change[life.end] -= life.bytes
     return step.base_bytes + max(itertools.accumulate(change[:-1]), default=0)
@@ -67,7 +129,9 @@ def seconds(step: Step, runs: Collection[Run], machine: Machine) -> float:
     return sum(machine.seconds(step.ops[run.op]) for run in runs)
 
 
-def _block(step: Step, life: Life, runs: Sequence[Run], *, crossing: bool, gradients: set[int]) -> Block:
+def _block(
+    step: Step, life: Life, runs: Sequence[Run], *, crossing: bool, gradients: set[int], decision: str = ""
+) -> Block:
     if life.storage < 0:
         op = step.ops[runs[life.start].op]
         name = "generator state" if op.rng_bytes and not op.workspace_bytes else f"{op.name} workspace"
@@ -78,7 +142,7 @@ def _block(step: Step, life: Life, runs: Sequence[Run], *, crossing: bool, gradi
         kind = "gradient"
     elif crossing or life.again:
         kind = "activation"
-    decision = "recompute" if life.again else "keep" if crossing else ""
+    decision = decision or ("recompute" if life.again else "keep" if crossing else "")
     return Block(
         tensor.name, life.bytes, kind, life.start, life.end, decision,
         tensor.shape, tensor.dtype, tensor.source, tensor.layer,

@@ -23,7 +23,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memplan.errors import DoesNotFit
-from memplan.ir import Block, Budget, Gap, Held, Plan
+from memplan.ir import Block, Gap, Held, Plan
 from memplan.passes import joint
 from memplan.passes.gaps import with_gap
 from memplan.passes.joint import Part
@@ -273,7 +273,7 @@ class WholeStep:
         wanted, smallest = budget.available, self._composed(least, total, last[0].graph)
         for _ in range(ROUNDS):
             plan = make_plan(
-                merged.step, partitioner.policy, Budget(wanted), partitioner.machine, inner=inner, fit=False
+                merged.step, partitioner.policy, budget.leaving(wanted), partitioner.machine, inner=inner, fit=False
             )
             given = joint.shares(plan, merged, smallest_plans)
             if inner == "eager":  # what is generated is known beforehand

@@ -21,15 +21,20 @@ import torch.utils._pytree as pytree
 from torch._subclasses import FakeTensorMode
 
 from memplan.passes.calls import Call
+from memplan.runtime.offloaded import LANDED, TO_DEVICE, TO_HOST
 
 
 @dataclass
 class Tape:
-    """Allocations as (time, bytes, name), the time each was freed, and calls whose workspace is still unknown."""
+    """Allocations as (time, bytes, name), the time each was freed, and calls whose workspace is still unknown.
+
+    `away`: those that are off the device, with their tier.
+    """
 
     clock: int = 0
     allocated: list[tuple[int, int, str]] = field(default_factory=list)
     freed: dict[int, int] = field(default_factory=dict)
+    away: dict[int, str] = field(default_factory=dict)
     calls: list[tuple[int, Call]] = field(default_factory=list)
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -161,10 +166,16 @@ def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[
     def wrap(value: torch.Tensor) -> Ghost:
         storage = value.untyped_storage()
         if storage._cdata not in known:
-            known[storage._cdata] = _Buffer(tape, storage.nbytes(), str(function))
+            known[storage._cdata] = buffer = _Buffer(tape, storage.nbytes(), str(function))
+            if function is TO_HOST:
+                tape.away[buffer.id] = args[1]
         return Ghost(value, known[storage._cdata], tape)
 
     wrapped = pytree.tree_map_only(torch.Tensor, wrap, result)
-    if isinstance(function, torch._ops.OpOverload):  # its workspace is alive beside its results
+    if isinstance(function, torch._ops.OpOverload) and function not in (
+        TO_HOST,
+        TO_DEVICE,
+        LANDED,
+    ):  # its workspace is alive beside its results
         tape.calls.append((tape.tick(), Call(function, args, kwargs, result)))
     return wrapped

@@ -35,7 +35,8 @@ from memplan.passes.recompute import split
 from memplan.runtime.executor import compile_eager
 
 CPU = machine("cpu")
-AMPLE = Budget(10**15)
+AMPLE = Budget(10**15, host_bytes=10**15)
+NO_DEVICE = Budget(0, host_bytes=10**15)
 NOTHING = Budget(0)
 SENTINEL = 999_983  # bytes of an allocation that marks a place in a recording; no test tensor has this size
 

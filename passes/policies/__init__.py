@@ -1,7 +1,7 @@
 """Policies: (step, budget, machine) -> a Decision for each storage they care about.
 
-In: a Step, a Budget, a Machine. Out: a mapping storage -> Keep() | Recompute(); a storage left out is kept if
-backward reads it. A policy never touches a graph and never imports torch.
+In: a Step, a Budget, a Machine. Out: a mapping storage -> Keep() | Recompute() | Offload(); a storage left out is kept
+if backward reads it. A policy never touches a graph and never imports torch.
 Three ways to bring one: pass the object in options, decorate a function with @memplan.policy("name"), or
 publish an entry point in the group "memplan.policies". One file here per built-in policy.
 """
@@ -44,10 +44,12 @@ def builtin() -> dict[str, Policy]:
     """The policies that come with memplan, by name."""
     from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
     from memplan.passes.policies.greedy import Greedy
+    from memplan.passes.policies.offload import HandBack, OffloadAll, OffloadLayerInputs
     from memplan.passes.policies.save_all import SaveAll
     from memplan.passes.policies.torch_saved import TorchBudget, TorchMinCut
 
     found: list[Policy] = [Greedy(), SaveAll(), BlockCheckpoint(), SqrtN(), TorchMinCut()]
+    found += [OffloadAll(), OffloadAll("disk"), OffloadLayerInputs(), HandBack()]
     found += [TorchBudget(ratio) for ratio in TorchBudget.RATIOS]
     return {name_of(p): p for p in found}
 

@@ -56,7 +56,7 @@ def policy(decide) -> FunctionPolicy:
     ("options", "says"),
     [
         ({"budgte": "24GB"}, "did you mean 'budget'"),
-        ({"host_budget": "1GB"}, "not built yet"),
+        ({"host_budget": "1"}, 'did you mean "1GB"'),
         ({"budget": "24"}, "24"),
         ({"budget": "0GB"}, "0GB"),
         ({"budget": "-1"}, "-1"),
@@ -88,7 +88,7 @@ def raises(step):
         (lambda step: {-1: Recompute()}, "-1"),
         (lambda step: [Keep()], "a list; it must return a mapping"),
         (lambda step: None, "a NoneType; it must return a mapping"),
-        (lambda step: {"tanh": "keep"}, "it must be Keep() or Recompute()"),
+        (lambda step: {"tanh": "keep"}, r"it must be Keep\(\), Recompute\(\) or Offload"),
         (lambda step: {step.resident[0]: Recompute()}, "cannot cross"),
         (lambda step: {step.backward.inputs[0]: Keep()}, "cannot cross"),
         (lambda step: {step.backward.outputs[0]: Keep()}, "cannot cross"),

@@ -9,13 +9,14 @@ import torch
 
 import memplan
 from memplan.backend import memplan_backend
-from memplan.ir import Budget, Plan, Recompute
+from memplan.ir import Budget, Offload, Plan, Recompute
+from memplan.passes.policies.offload import OffloadAll
 from tests.models import CASES, Case
-from tests.planned import NOTHING, Joint, frozen_heap
+from tests.planned import NO_DEVICE, NOTHING, Joint, frozen_heap
 
 POLICIES = (
     "save-all", "block-checkpoint", "sqrt-n", "greedy", "torch-min-cut", "torch-budget-0.75", "torch-budget-0.5",
-    "torch-budget-0.25", "torch-budget-0",
+    "torch-budget-0.25", "torch-budget-0", "offload-all", "offload-all-disk", "offload-layer-inputs", "hand-back",
 )  # fmt: skip
 SEED = 3
 
@@ -60,8 +61,10 @@ def test_every_policy_has_the_same_bits_and_the_bytes_it_predicts(case: Case, dr
     wanted = [joint.num_fwd_outputs + position[p.data_ptr()] for p in sample.module.parameters()]
 
     plans = [joint.plan(policy) for policy in POLICIES]
-    plans.append(joint.plan("greedy", NOTHING))
-    assert any(isinstance(d, Recompute) for plan in plans for _, d in plan.decisions)
+    plans += [joint.plan("greedy", NOTHING), joint.plan("greedy", NO_DEVICE)]
+    plans += [joint.plan(OffloadAll(tier, n, small=0)) for tier, n in (("host", 0), ("host", None), ("disk", 2))]
+    for kind in (Recompute, Offload):
+        assert any(isinstance(d, kind) for plan in plans for _, d in plan.decisions)
     results, peaks = joint.run(plans, seed=SEED)
     for plan, result, peak in zip(plans, results, peaks, strict=True):
         for a, b in zip([result[0], *(result[i] for i in wanted)], expected, strict=True):

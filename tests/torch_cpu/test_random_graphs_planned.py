@@ -10,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memplan.ir import Budget, Keep, Recompute
+from memplan.ir import Budget, Keep, Offload, Recompute
 from memplan.passes.check import check
 from memplan.passes.policies import FunctionPolicy, builtin
+from memplan.passes.policies.offload import OffloadAll
 from tests.planned import NOTHING, Joint
 from tests.random_graphs import Program, programs
 
@@ -31,7 +32,8 @@ def random_policy(draw) -> FunctionPolicy:
     """A decision for every storage that may have one; what must not run twice is kept."""
 
     def decide(step, budget, machine):
-        chosen = {t: draw(st.sampled_from([Keep(), Recompute()])) for t in sorted(step.saveable)}
+        some = [Keep(), Recompute(), Offload(), Offload("disk")]
+        chosen = {t: draw(st.sampled_from(some[: 4 if t in step.offloadable else 2])) for t in sorted(step.saveable)}
         fixed = {t for op in step.ops if op.fixed for t in op.outputs}
         return {t: Keep() if t in fixed else d for t, d in chosen.items()}
 
@@ -44,8 +46,9 @@ def check_program(program: Program, data) -> None:
     smallest, largest = everything[-1].peak, everything[0].peak
     everything.append(joint.plan("greedy", Budget((smallest + largest) // 2)))
     everything += [joint.plan(random_policy(data.draw)) for _ in range(2)]
+    everything += [joint.plan(OffloadAll(in_flight=n, small=0)) for n in (0, None)]
     assert [check(plan) for plan in everything] == [[]] * len(everything)
-    plans = list({(p.forward, p.backward, p.saved): p for p in everything}.values())
+    plans = list({(p.forward, p.backward, p.decisions): p for p in everything}.values())
 
     results, peaks = joint.run(plans, SEED)
     wanted = expected(program)

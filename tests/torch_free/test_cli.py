@@ -63,6 +63,7 @@ def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pyt
         "inner": "inductor",
         "optimizer": "adamw",
         "tiles": 256,
+        "host_budget": None,
     }
     assert Plan.load(out) == plan
 

@@ -1,5 +1,6 @@
 """Options are read once, from what is given and then from the environment; what is wrong is refused early."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from memplan.errors import MemplanError
 from memplan.ir import Budget, Machine
 from memplan.machines import machine
-from memplan.options import FRAGMENTATION_RESERVE, Options, parse_bytes, read_budget
+from memplan.options import FRAGMENTATION_RESERVE, Options, _free_memory, parse_bytes, read_budget
 from memplan.units import UNITS, human
 
 GPU = Machine("gpu", "cuda", 24 * 10**9, 1e12, (("float32", 1e13),), context_bytes=5 * 10**8)
@@ -123,6 +124,18 @@ def test_what_is_given_comes_before_the_environment(monkeypatch: pytest.MonkeyPa
     assert Options.read({}).budget == "7GB"
 
 
+def test_the_host_budget() -> None:
+    """Half of what is free, unless host and device share one memory or it is said; 0 is none."""
+    free = _free_memory()
+    assert 0.4 * free < read_budget("1GB", GPU).host_bytes < 0.6 * free
+    shared = dataclasses.replace(CPU, unified=True)
+    assert read_budget("1GB", shared).host_bytes == 0
+    assert read_budget("1GB", shared, host="2GB").host_bytes == 2 * 10**9
+    assert read_budget("1GB", GPU, host=0).host_bytes == read_budget("1GB", GPU, host="0B").host_bytes == 0
+    assert 0.2 * free < read_budget("1GB", shared, host="25%").host_bytes < 0.3 * free
+    assert read_budget("1GB", GPU, host=10**9).available == read_budget("1GB", GPU, host=0).available
+
+
 def test_options_are_frozen_and_hashable() -> None:
     options = Options.read({"inductor": {"max_autotune": True}, "machine": "RTX4090", "policy": print}, {})
     assert options.inductor == (("max_autotune", True),)
@@ -137,7 +150,9 @@ def test_options_are_frozen_and_hashable() -> None:
     [
         ({"bugdet": "24GB"}, "no option 'bugdet'.*did you mean 'budget'"),
         ({7: 1}, "no option 7"),
-        ({"host_budget": "64GB"}, "'host_budget' is not built yet"),
+        ({"host_budget": "64"}, "host_budget '64' has no unit.*did you mean \"64GB\""),
+        ({"host_budget": -1}, "host_budget -1 is not a size"),
+        ({"host_budget": "150%"}, "a percentage of the host is above 0"),
         ({"limits": {"token": 9}}, "did you mean 'tokens'"),
         ({"limits": {"tokens": 0}}, "an int of at least 1"),
         ({"limits": 20480}, "give a dict"),

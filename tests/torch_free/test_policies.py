@@ -66,7 +66,7 @@ def llama() -> tuple[Step, list[Point]]:
 def on_llama(available: int) -> Plan:
     """What greedy answers; the path is made once, as it does not depend on the budget."""
     step, points = llama()
-    saved = choose(step, points, available)
+    saved = choose(step, points, available).saved
     decisions = {t: Keep() if t in saved else Recompute() for t in step.read_in_backward | saved}
     return evaluate(step, decisions, Budget(available), ROOFLINE, "eager", "greedy")
 

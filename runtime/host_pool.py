@@ -1,0 +1,144 @@
+"""Memory off the device: one arena per tier, from which offloaded tensors are cut, and to which they go back.
+
+In: the size and strides of a tensor. Out: a CPU tensor over a piece of the arena, that piece's owner: when nothing
+holds its storage any more, the piece is free again. Nothing of it goes through torch's allocators, so it is not in the
+device's memory, on a CPU neither. The arena grows by what does not fit into its holes and is never given back while the
+process lives: from the second step on, all pieces come from the first.
+Tier "host" is anonymous memory, pinned where there is a CUDA device. Tier "disk" is mapped files without a name,
+in the folder for temporary files: nothing of them outlives the process, however that ends. Their space is allocated
+when the arena grows, so that a full disk is an error there and not a signal later.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from memplan.errors import MemplanError
+from memplan.units import human
+
+ALIGNMENT = 64  # bytes; what Inductor's vectorised kernels may count on
+PAGE = 2**21  # what the arena grows by, rounded up
+_ADVICE = {
+    "host": "set a smaller host_budget, or free some of the host's memory",
+    "disk": "free some space there, or set TMPDIR to a folder on another disk",
+}
+
+
+@dataclass
+class Arena:
+    """`holes`: address and bytes of what is free, by address; a hole never spans two mappings."""
+
+    tier: str
+    pinned: bool = False
+    bytes: int = 0  # that it has grown to
+    used: int = 0
+    holes: list[tuple[int, int]] = field(default_factory=list)
+    mappings: list[mmap.mmap] = field(default_factory=list)
+    lock: Any = field(default_factory=threading.RLock)  # a finalizer may come while the lock is held
+
+    def empty_like(self, x: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor of the size and strides of `x`. Raises MemplanError when the tier has no room."""
+        size = max(1, extent(x))
+        address = self.take(size)
+        piece = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(piece, self.give, address, size).atexit = False
+        flat = torch.frombuffer(piece, dtype=torch.uint8)  # its storage holds the piece
+        return flat[: extent(x)].view(x.dtype).as_strided(x.shape, x.stride())
+
+    def reserve(self, size: int) -> None:
+        """Grow until `size` bytes have room beside each other."""
+        with self.lock:
+            if self.bytes < size:
+                self._grow(size - self.bytes)
+
+    def take(self, size: int) -> int:
+        """The address of a piece: the first hole that is large enough."""
+        size = _rounded(size, ALIGNMENT)
+        with self.lock:
+            found = next((k for k, (_, n) in enumerate(self.holes) if n >= size), None)
+            if found is None:
+                self._grow(size)
+                return self.take(size)
+            address, n = self.holes[found]
+            self.holes[found : found + 1] = [(address + size, n - size)] if n > size else []
+            self.used += size
+            return address
+
+    def give(self, address: int, size: int) -> None:
+        """Take a piece back, and join it with the holes beside it."""
+        size = _rounded(size, ALIGNMENT)
+        with self.lock:
+            self.used -= size
+            k = bisect.bisect(self.holes, (address, 0))
+            self.holes.insert(k, (address, size))
+            for left in (k, k - 1):
+                if 0 <= left < len(self.holes) - 1:
+                    (a, n), (b, m) = self.holes[left : left + 2]
+                    if a + n == b and not self._starts(b):
+                        self.holes[left : left + 2] = [(a, n + m)]
+
+    def _starts(self, address: int) -> bool:
+        return any(_address(m) == address for m in self.mappings)
+
+    def _grow(self, size: int) -> None:
+        size = _rounded(size, PAGE)
+        try:
+            mapping = _memory(size) if self.tier == "host" else _file(size)
+        except OSError as e:
+            raise MemplanError(
+                f"cannot take {human(size)} of the {self.tier} for what is offloaded, beside {human(self.bytes)} taken "
+                f"before: {e.strerror}; {_ADVICE[self.tier]}"
+            ) from None
+        if self.pinned:
+            error = torch.cuda.cudart().cudaHostRegister(_address(mapping), size, 0)  # type: ignore[no-untyped-call]
+            if int(error):
+                raise MemplanError(
+                    f"CUDA refuses to pin {human(size)} of host memory: {error}; set a smaller host_budget"
+                )
+        self.mappings.append(mapping)
+        self.bytes += size
+        k = bisect.bisect(self.holes, (_address(mapping), 0))
+        self.holes.insert(k, (_address(mapping), size))
+
+
+def extent(x: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last, both included: what is in between is its own too."""
+    if not x.numel():
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def _rounded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _memory(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _file(size: int) -> mmap.mmap:
+    """A new file of `size` bytes without a name, mapped."""
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return mmap.mmap(file.fileno(), size)
+
+
+@functools.cache
+def arena(tier: str) -> Arena:
+    """The process's arena of a tier."""
+    return Arena(tier, pinned=tier == "host" and torch.cuda.is_available())
