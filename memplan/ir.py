@@ -52,6 +52,7 @@ class Tensor:
     formula: Polynomial | None = None  # None: `bytes` does not depend on the size symbols
     source: str = ""  # the user's line: "train.py:12 in loss"
     layer: str = ""  # the module path: "model.layers.3.mlp"
+    dense: bool = True  # its elements, as its node shows them, fill it: it can be copied as they are
 
 
 # How a compiler that fuses treats an op: only an extern op needs its inputs and outputs in memory.
@@ -265,9 +266,11 @@ class Step:
 
     @functools.cached_property
     def offloadable(self) -> frozenset[int]:
-        """Storages that can leave the device between forward and backward: those saveable that no caller holds."""
+        """Storages that can leave the device between forward and backward: those saveable, without gaps, that no caller
+        holds.
+        """
         held = {t for g in self.graphs if g.phase == "forward" for t in g.outputs}
-        return self.saveable - held
+        return frozenset(t for t in self.saveable - held if self.tensors[t].dense)
 
     @functools.cached_property
     def base_bytes(self) -> int:
@@ -451,10 +454,14 @@ class Timeline:
         """Bytes alive at each moment, base included."""
         return tuple(self.base_bytes + n for n in _sums(self.blocks, len(self.moments)))
 
-    @functools.cached_property
+    def away(self, tier: Tier) -> int:
+        """The most bytes that are in a tier below the device at a time."""
+        return max(_sums((b for b in self.host if b.decision == tier), len(self.moments)), default=0)
+
+    @property
     def host_peak(self) -> int:
         """The most bytes that are in the host's memory at a time."""
-        return max(_sums((b for b in self.host if b.decision == "host"), len(self.moments)), default=0)
+        return self.away("host")
 
     @property
     def stalled(self) -> float:

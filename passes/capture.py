@@ -258,7 +258,8 @@ class _Reader:
         for key, size in zip(storage_keys(node), sizes, strict=False):
             t = self.storage_of[key]
             if t in made and self.tensors[t].formula is None:
-                self.tensors[t] = dataclasses.replace(self.tensors[t], bytes=size)
+                known = self.tensors[t]
+                self.tensors[t] = dataclasses.replace(known, bytes=size, dense=known.dense and size == known.bytes)
 
     def _tensor(self, node: fx.Node, name: str, value: torch.Tensor, kind: Kind) -> Tensor:
         size = value.untyped_storage().nbytes()
@@ -267,6 +268,7 @@ class _Reader:
         return Tensor(
             name, self.sizes.of(size), kind, tuple(map(self.sizes.of, value.shape)),
             str(value.dtype).removeprefix("torch."), self._formula(size), source_line(node), layer(node),
+            dense=self.sizes.of(size) == self.sizes.of(value.numel()) * value.itemsize,
         )  # fmt: skip
 
     def _formula(self, size: Any) -> Polynomial | None:

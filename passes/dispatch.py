@@ -28,6 +28,7 @@ from memplan.passes.compat import dimension
 from memplan.passes.partition import Partitioner, Resized, SizesGiven
 from memplan.passes.whole_step import WholeStep
 from memplan.runtime.held import Watch
+from memplan.runtime.host_pool import reserve
 
 log = logging.getLogger("torch.memplan")
 
@@ -191,6 +192,7 @@ class Adaptive:
         self.variants.append(variant)
         self.planned_for.append(sizes)
         if compiled.plan is not None:
+            reserve(compiled.plan)
             self.report(compiled.plan)
         return variant
 
@@ -217,6 +219,8 @@ class Adaptive:
             )
             with self._compiling():
                 compiled = self.compiler(self.graph, self.fakes, partitioner)
+            if compiled.plan is not None:
+                reserve(compiled.plan)
             self.by_decisions[key] = Variant(self, compiled, False, [])
         return self.by_decisions[key]
 

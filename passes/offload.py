@@ -20,6 +20,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import is_sym_node
 
 from memplan.ir import Plan
+from memplan.passes.calls import Sizes
 from memplan.runtime.offloaded import LANDED, TO_DEVICE, TO_HOST
 
 
@@ -45,7 +46,10 @@ def offload(forward: fx.Graph, backward: fx.Graph, plan: Plan) -> None:
 
 def start(graph: fx.Graph, x: fx.Node, tier: str) -> fx.Node:
     """Start the copy of `x`, where the graph is being written; the handle."""
-    return _call(graph, TO_HOST, x, tier)
+    known = Sizes()
+    strides = [known.of(s) for s in x.meta["val"].stride()]
+    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    return _call(graph, TO_HOST, x, tier, order)
 
 
 def release(graph: fx.Graph, x: fx.Node, handle: fx.Node) -> None:

@@ -116,7 +116,7 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
         if isinstance(decision, Offload) and storage not in step.offloadable:
             raise MemplanError(
                 f"policy {policy!r} offloads {step.tensors[storage].name!r}, which is a result of forward that the "
-                "caller holds: offload storages in step.offloadable"
+                "caller holds, or has gaps: offload storages in step.offloadable"
             )
         out[storage] = decision
     return out

@@ -14,17 +14,20 @@ from __future__ import annotations
 import bisect
 import ctypes
 import functools
+import math
 import mmap
 import os
 import tempfile
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from memplan.errors import MemplanError
+from memplan.ir import Plan
 from memplan.units import human
 
 ALIGNMENT = 64  # bytes; what Inductor's vectorised kernels may count on
@@ -47,14 +50,14 @@ class Arena:
     mappings: list[mmap.mmap] = field(default_factory=list)
     lock: Any = field(default_factory=threading.RLock)  # a finalizer may come while the lock is held
 
-    def empty_like(self, x: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor of the size and strides of `x`. Raises MemplanError when the tier has no room."""
-        size = max(1, extent(x))
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A CPU tensor without gaps. Raises MemplanError when the tier has no room."""
+        size = max(1, math.prod(shape) * dtype.itemsize)
         address = self.take(size)
         piece = (ctypes.c_char * size).from_address(address)
         weakref.finalize(piece, self.give, address, size).atexit = False
         flat = torch.frombuffer(piece, dtype=torch.uint8)  # its storage holds the piece
-        return flat[: extent(x)].view(x.dtype).as_strided(x.shape, x.stride())
+        return flat[: math.prod(shape) * dtype.itemsize].view(dtype).as_strided(shape, strides)
 
     def reserve(self, size: int) -> None:
         """Grow until `size` bytes have room beside each other."""
@@ -112,13 +115,6 @@ class Arena:
         self.holes.insert(k, (_address(mapping), size))
 
 
-def extent(x: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to its last, both included: what is in between is its own too."""
-    if not x.numel():
-        return 0
-    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
-
-
 def _rounded(size: int, to: int) -> int:
     return -(-size // to) * to
 
@@ -136,6 +132,13 @@ def _file(size: int) -> mmap.mmap:
     with tempfile.TemporaryFile() as file:
         os.posix_fallocate(file.fileno(), 0, size)
         return mmap.mmap(file.fileno(), size)
+
+
+def reserve(plan: Plan) -> None:
+    """Take what a plan will have off the device, so that no step lacks it. Raises MemplanError when it is not there."""
+    for tier in ("host", "disk"):
+        if size := plan.timeline.away(tier):
+            arena(tier).reserve(size + ALIGNMENT * len(plan.timeline.host))
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Copy engines: one for each direction between a device and the memory below it, each copy after the other.
 
-In: a tensor and the one to copy it to, of the same size and strides. Out: nothing is waited for until `landed`. Beside
+In: a tensor and the one to copy it to, without gaps both. Out: nothing is waited for until `landed`. Beside
 a CPU the engine is a thread that moves bytes, beside a CUDA device a stream of its own. The source must stay as it is,
 and the destination untouched, until `landed`: the plan sees to both. `waited` counts what the device waited: on CUDA
 waiting is the compute stream's, which no host clock sees.
@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-
-from memplan.runtime.host_pool import extent
 
 
 class Engine(Protocol):
@@ -67,9 +65,18 @@ class ThreadEngine:
         while True:
             job = self.jobs.get()
             done = job[2]
-            ctypes.memmove(job[1].data_ptr(), job[0].data_ptr(), extent(job[0]))  # Python's lock is free meanwhile
+            _move(*job[:2])
             job.clear()  # so that whoever waits is the last to hold either tensor, and frees it when the plan says
             done.set()
+
+
+def _move(source: torch.Tensor, to: torch.Tensor) -> None:
+    """Copy while Python's lock is free."""
+    if source.stride() == to.stride():
+        ctypes.memmove(to.data_ptr(), source.data_ptr(), source.nbytes)
+    else:
+        with torch.no_grad():
+            to.copy_(source)
 
 
 @dataclass
