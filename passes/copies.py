@@ -35,9 +35,10 @@ class Copy(NamedTuple):
 
 
 class _Gap(NamedTuple):
-    """Between a storage's uses in forward and in backward: moments, and the bounds of the two graphs."""
+    """Between a storage's uses in forward and in backward: moments, and the bounds of what may be in between."""
 
     storage: int
+    unit: int
     made: int
     last_forward: int
     end_forward: int
@@ -52,8 +53,8 @@ def placed(
     gaps = {gap.storage: gap for gap in _gaps(step, runs, offloads)}
     order = [run.op for own in runs for run in own]
     ends = _ends(step, order, machine)
-    at = _places(step, runs)
-    starts = {t: at[gap.end_forward].get(offloads[t].start_after, gap.made) for t, gap in gaps.items()}
+    at = _places(step, runs, "forward")
+    starts = {t: at[gap.unit].get(offloads[t].start_after, gap.made) for t, gap in gaps.items()}
     out = _out(step, gaps, offloads, starts, order, ends, machine, in_flight)
     return _back(step, gaps, out, order, ends, machine, in_flight)
 
@@ -62,24 +63,24 @@ def moments(step: Step, runs: Runs, offloads: Mapping[int, Offload]) -> list[Cop
     """Placed offloads as moments, in the order in which they are made. A point that names an op which does not run
     where it should is at -1.
     """
-    at = _places(step, runs)
+    ahead, behind = (_places(step, runs, phase) for phase in ("forward", "backward"))
     found = []
     for gap in _gaps(step, runs, offloads):
-        d, ahead, behind = offloads[gap.storage], at[gap.end_forward], at[gap.start_backward]
-        points = (ahead.get(d.start_after), ahead.get(d.release_at), behind.get(d.reload_at))
+        d, unit = offloads[gap.storage], gap.unit
+        points = (ahead[unit].get(d.start_after), ahead[unit].get(d.release_at), behind[unit].get(d.reload_at))
         start, release, reload = (-1 if p is None else p for p in points)
         found.append(Copy(gap.storage, start, release, reload, gap.first_backward))
     return found
 
 
-def _places(step: Step, runs: Runs) -> dict[int, dict[int | None, int]]:
-    """The first and the last moment of each graph -> the moments of its ops."""
-    out, first = dict[int, dict[int | None, int]](), 0
-    for own in runs:
-        mine: dict[int | None, int] = {run.op: first + k for k, run in enumerate(own)}
-        if own:
-            out[first] = out[first + len(own) - 1] = mine
-        first += len(own)
+def _places(step: Step, runs: Runs, phase: str) -> dict[int, dict[int | None, int]]:
+    """Unit -> the moments of the ops that it runs in a phase."""
+    out, moment = dict[int, dict[int | None, int]](), 0
+    for graph, own in zip(step.graphs, runs, strict=True):
+        for run in own:
+            if graph.phase == phase:
+                out.setdefault(graph.unit, {})[run.op] = moment
+            moment += 1
     return out
 
 
@@ -89,22 +90,23 @@ def _gaps(step: Step, runs: Runs, offloads: Mapping[int, Offload]) -> list[_Gap]
     for own in runs:
         bounds.append((first, first + len(own) - 1))
         first += len(own)
-    behind = {g.unit: k for k, g in enumerate(step.graphs) if g.phase == "backward"}
     out = []
     for k, (graph, own) in enumerate(zip(step.graphs, runs, strict=True)):
-        if graph.phase != "forward" or graph.unit not in behind:
+        behind = [b for b, g in enumerate(step.graphs) if g.phase == "backward" and g.unit == graph.unit]
+        if graph.phase != "forward" or not behind:
             continue
         made, last, (start, end) = dict[int, int](), dict[int, int](), bounds[k]
         for moment, run in enumerate(own, start):
             op = step.ops[run.op]
             made.update((t, moment) for t in op.outputs if t in offloads)
             last.update((t, moment) for t in (*op.inputs, *op.outputs) if t in made)
-        back, (start_backward, _) = behind[graph.unit], bounds[behind[graph.unit]]
         first_use = dict[int, int]()
-        for moment, run in enumerate(runs[back], start_backward):
-            for t in step.ops[run.op].inputs:
-                first_use.setdefault(t, moment)
-        out += [_Gap(t, made[t], last[t], end, start_backward, first_use[t]) for t in made if t in first_use]
+        for b in behind:
+            for moment, run in enumerate(runs[b], bounds[b][0]):
+                for t in step.ops[run.op].inputs:
+                    first_use.setdefault(t, moment)
+        back = bounds[behind[0]][0]
+        out += [_Gap(t, graph.unit, made[t], last[t], end, back, first_use[t]) for t in made if t in first_use]
     return sorted(out, key=lambda gap: gap.made)
 
 

@@ -80,7 +80,7 @@ class _Rewriter:
         """What comes back, and what has to be back."""
         for copy, x in self.copies:
             if copy.reload == self.moment:
-                self.made[x] = reload(self.graph, self.handles[x], x.meta["val"].device)
+                self.made[x] = self.there[x] = reload(self.graph, self.handles[x], x.meta["val"].device)
         for copy, x in self.copies:
             if copy.first_use == self.moment:
                 arrive(self.graph, self.made[x], self.handles[x])
