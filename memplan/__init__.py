@@ -24,6 +24,8 @@ _HOME = {
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
     "record": "memplan.runtime.recorder",
+    "stream": "memplan.runtime.streamed",
+    "unstream": "memplan.runtime.streamed",
     "compare": "memplan.report",
     "Keep": "memplan.ir",
     "Recompute": "memplan.ir",
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from memplan.passes.policies import policy as policy
     from memplan.report import compare as compare
     from memplan.runtime.recorder import record as record
+    from memplan.runtime.streamed import stream as stream
+    from memplan.runtime.streamed import unstream as unstream
 
 
 def __getattr__(name: str) -> Any:

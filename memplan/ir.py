@@ -77,6 +77,7 @@ class Op:
     source: str = ""
     layer: str = ""
     body: Loop | None = None
+    fetches: bool = False  # copies a parameter from the host; the copy starts when the one before it is done
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,14 @@ class Step:
     @functools.cached_property
     def base_bytes(self) -> int:
         """Bytes that no decision changes: resident storages and state."""
-        return sum(self.tensors[t].bytes for t in self.resident) + sum(b for _, b in self.held.kinds)
+        there = (t for t in self.resident if t not in self.below)
+        return sum(self.tensors[t].bytes for t in there) + sum(b for _, b in self.held.kinds)
+
+    @functools.cached_property
+    def below(self) -> frozenset[int]:
+        """Resident storages that are off the device: they are only ever fetched."""
+        fetched = {t for op in self.ops if op.fetches for t in op.inputs}
+        return frozenset(self.resident) & fetched - {t for op in self.ops if not op.fetches for t in op.inputs}
 
     def at(self, **sizes: int) -> Step:
         """The same step at other values of its size symbols. Costs and workspaces scale with nothing: bytes only."""
@@ -364,6 +372,8 @@ class Machine:
         """Roofline (Williams, Waterman, Patterson 2009): the longer of arithmetic and memory traffic."""
         rates = dict(self.flops)
         rate = rates.get(op.dtype) or rates["float32"]
+        if op.fetches:
+            return self.copy_seconds(op.traffic // 2, "host")
         return max(op.flops / rate, op.traffic / self.bandwidth)
 
     def copy_seconds(self, size: int, tier: Tier) -> float:

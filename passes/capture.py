@@ -29,6 +29,7 @@ from memplan.passes.calls import Call, Sizes, has_effects, name, tensors, view_b
 from memplan.passes.compat import argument_index, drop_dead_code, random_draws_stay, result_index, symbol_value
 from memplan.passes.phases import is_backward, phases, unplanned
 from memplan.passes.workspaces import Inside
+from memplan.runtime.streamed import FETCH
 
 LAYER = "memplan_layer"  # where trace.py notes a node's module path, when Dynamo is not there to do it
 LARGE_MASK = 2**24  # bytes from which a T x T mask is worth a note
@@ -41,6 +42,8 @@ def prepare(joint: fx.GraphModule) -> None:
     for node in list(joint.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             joint.graph.erase_node(node)
+    for k, node in enumerate(joint.graph.find_nodes(op="call_function", target=FETCH)):
+        node.args = (*node.args[:2], k)  # each brings the parameter in for itself, or one copy would stay in between
     drop_dead_code(joint.graph)
     joint.graph = fx_graph_cse(joint.graph)
     joint.recompile()
@@ -302,6 +305,7 @@ class _Reader:
             traffic=costs.traffic(call),
             dtype=dtype,
             fusion=fusion,
+            fetches=node.target is FETCH,
             workspace_bytes=workspace if fusion == "extern" else 0,  # what is fused is no longer that op's kernel
             fixed=_fixed(node, inputs, written),
             rng_bytes=_rng_bytes(node, tensors(call.result)),

@@ -326,7 +326,7 @@ def _base(parts: Sequence[Part], crossing: Sequence[Link], held: Held) -> tuple[
         keys = part.storages()
         for t in part.plan.step.resident:
             key = keys.get(t, 0)
-            if key in seen or (k, key) in made:
+            if key in seen or (k, key) in made or t in part.plan.step.below:
                 continue
             seen |= {key} if key else set()
             total[part.plan.step.tensors[t].kind] += part.plan.step.tensors[t].bytes

@@ -4,7 +4,8 @@ In: a Step, the Runs of each of its graphs, the storages that cross, the copies 
 between. Out: one Life per storage and execution.
 A moment is the index of a run, counted through all graphs. What must hold: a storage is alive from the run that makes
 it to the run that reads it last, both included; step outputs live to the end; a recomputed or offloaded storage has two
-lives; what a graph is given by its caller lives at least as long as that graph runs.
+lives; a fetched parameter lives from where its copy starts; what a graph is given by its caller lives at least as long
+as that graph runs.
 This is liveness of the executors: names are dropped after their last use, and nothing else holds a storage.
 """
 
@@ -46,6 +47,7 @@ def lifetimes(
 
     resident, accesses, moment = set(step.resident), list[Access](), 0
     for graph, own, part in zip(step.graphs, runs, _accesses(step, runs, stays), strict=True):
+        fetch = moment  # where the next copy of a parameter starts
         given = [t for t in graph.inputs if t not in resident]
         for t in given:  # tangents: nobody in the step makes them
             if t not in current:
@@ -54,9 +56,11 @@ def lifetimes(
             for t in access.reads:
                 if t in current:
                     hold(current[t], moment + 1)
+            fetches = step.ops[run.op].fetches
             for t in access.writes:
-                begin(t, moment, moment + 1, run.again)
+                begin(t, min(fetch, moment) if fetches else moment, moment + 1, run.again)
             moment += 1
+            fetch = moment if fetches else fetch
         for t in given:
             hold(current[t], moment)
         accesses += part

@@ -49,22 +49,22 @@ def start(graph: fx.Graph, x: fx.Node, tier: str) -> fx.Node:
     known = Sizes()
     strides = [known.of(s) for s in x.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
-    return _call(graph, TO_HOST, x, tier, order)
+    return call(graph, TO_HOST, x, tier, order)
 
 
 def release(graph: fx.Graph, x: fx.Node, handle: fx.Node) -> None:
     """Wait for the copy of `x`, and let go of it."""
-    _call(graph, LANDED, handle, x, "out")
+    call(graph, LANDED, handle, x, "out")
 
 
 def reload(graph: fx.Graph, handle: fx.Node, device: torch.device) -> fx.Node:
     """Start the copy back."""
-    return _call(graph, TO_DEVICE, handle, device)
+    return call(graph, TO_DEVICE, handle, device)
 
 
 def arrive(graph: fx.Graph, made: fx.Node, handle: fx.Node) -> None:
     """Wait for the copy back."""
-    _call(graph, LANDED, made, handle, "back")
+    call(graph, LANDED, made, handle, "back")
 
 
 def named(point: int | None) -> int:
@@ -86,7 +86,7 @@ def _reload(graph: fx.Graph, saved: fx.Node, handle: fx.Node, before: fx.Node) -
         user.replace_input_with(saved, made)
 
 
-def _call(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:
+def call(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:
     node = graph.call_function(op, args)
     values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
     mode = detect_fake_mode(values)

@@ -26,6 +26,7 @@ from memplan.passes import copies
 from memplan.passes.compat import replay_random, save_random
 from memplan.passes.kernel_order import PART
 from memplan.passes.offload import arrive, release, reload, start
+from memplan.passes.prefetch import spread
 
 Made = dict[fx.Node, fx.Node]  # a node of the old graph -> what stands for it now in the new one
 
@@ -52,6 +53,7 @@ class _Rewriter:
         self.copies = [(c, self.by_name[plan.step.tensors[c.storage].name]) for c in self._moments()]
         self.handles: Made = {}  # what is off the device
         self.moment = 0
+        self.parts = list[list[fx.Node]]()
         for node in self.old.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self.there[node] = self._copy(node, {})
@@ -65,12 +67,15 @@ class _Rewriter:
             self._run(self.by_name[self.plan.step.ops[run.op].name], run)
             self._after()
             self.moment += 1
-        for node in list(self.graph.nodes)[first:]:
-            node.meta[PART] = k
+        self.parts.append(list(self.graph.nodes)[first:])
 
     def finish(self) -> fx.Graph:
         """The new graph with its output."""
         self._emit(self.old.output_node())
+        for k, nodes in enumerate(self.parts):
+            for node in nodes:
+                node.meta[PART] = k
+            spread(self.graph, nodes)
         return self.graph
 
     def _moments(self) -> list[copies.Copy]:

@@ -24,6 +24,7 @@ from memplan.errors import MemplanError
 from memplan.ir import Plan, Run
 from memplan.passes.compat import extract
 from memplan.passes.offload import offload
+from memplan.passes.prefetch import prefetch
 
 
 def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -41,6 +42,8 @@ def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.G
     forward.graph = _ordered(forward.graph, _nodes(forward.graph, plan, plan.forward))
     backward.graph = _ordered(backward.graph, _nodes(backward.graph, plan, plan.backward))
     offload(forward.graph, backward.graph, plan)
+    for half in (forward, backward):
+        prefetch(half.graph)
     if any(n.meta.get("recompute") for n in joint.graph.nodes) and any(_is_tangent(n) for n in backward.graph.nodes):
         forward, backward = functionalize_rng_ops(joint, forward, backward, len(symbols))
         forward.graph, backward.graph = (_ordered(half.graph, half.graph.nodes) for half in (forward, backward))

@@ -36,6 +36,7 @@ def simulate(
         crossing = bool(decision) or _crosses(moments, life)
         blocks.append(_block(step, life, order, crossing=crossing, gradients=gradients, decision=decision))
     host = tuple(_host_block(step.tensors[c.storage], c, offloads[c.storage]) for c in moved)
+    host += tuple(_streamed(step.tensors[t], len(moments)) for t in sorted(step.below))
     made = Timeline(step.name, "predicted", tuple(moments), tuple(blocks), base(step), step.notes, host)
     return followed(made, step.held)
 
@@ -68,6 +69,7 @@ def _moments(
         done[c.storage, what] = free[what]
 
     for graph, own in zip(step.graphs, runs, strict=True):
+        begun = clock  # when the next fetch of this graph may start
         for run in own:
             here = sorted(events.get(len(out), ()), key=lambda e: e[1].first_use)
             for what, c in here:
@@ -76,7 +78,11 @@ def _moments(
             ready = max((done[c.storage, "reload"] for what, c in here if what == "use"), default=0.0)
             late = max(late, ready - clock)
             op = step.ops[run.op]
-            clock += late + machine.seconds(op)
+            if op.fetches:
+                free["reload"] = max(free["reload"], begun) + machine.seconds(op)
+                late = max(late, free["reload"] - clock)
+            clock += late + (0.0 if op.fetches else machine.seconds(op))
+            begun = clock if op.fetches else begun
             out.append(Moment(op.name, clock, graph.phase, late))
             for what, c in here:
                 if what == "start":
@@ -84,6 +90,13 @@ def _moments(
             late = max((done[c.storage, "start"] - clock for what, c in here if what == "release"), default=0.0)
             late = max(late, 0.0)
     return out
+
+
+def _streamed(tensor: Tensor, end: int) -> Block:
+    """A parameter that is off the device throughout. It is not the step that holds it: no host budget counts it."""
+    return Block(
+        tensor.name, tensor.bytes, tensor.kind, 0, end, "", tensor.shape, tensor.dtype, tensor.source, tensor.layer
+    )
 
 
 def _host_block(tensor: Tensor, c: copies.Copy, decision: Offload) -> Block:
@@ -152,6 +165,7 @@ def _block(
 def base(step: Step) -> tuple[tuple[Kind, int], ...]:
     """Bytes that no decision changes, by kind."""
     total: dict[Kind, int] = {}
-    for kind, size in [*((step.tensors[t].kind, step.tensors[t].bytes) for t in step.resident), *step.held.kinds]:
+    there = [step.tensors[t] for t in step.resident if t not in step.below]
+    for kind, size in [*((tensor.kind, tensor.bytes) for tensor in there), *step.held.kinds]:
         total[kind] = total.get(kind, 0) + size
     return tuple(total.items())

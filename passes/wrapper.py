@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 
 from memplan.passes.calls import Call
 from memplan.runtime.offloaded import LANDED, TO_DEVICE, TO_HOST
+from memplan.runtime.streamed import BRING
 
 
 @dataclass
@@ -172,10 +173,7 @@ def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[
         return Ghost(value, known[storage._cdata], tape)
 
     wrapped = pytree.tree_map_only(torch.Tensor, wrap, result)
-    if isinstance(function, torch._ops.OpOverload) and function not in (
-        TO_HOST,
-        TO_DEVICE,
-        LANDED,
-    ):  # its workspace is alive beside its results
+    copies = function in (TO_HOST, TO_DEVICE, LANDED, BRING)
+    if isinstance(function, torch._ops.OpOverload) and not copies:  # its workspace is alive beside its results
         tape.calls.append((tape.tick(), Call(function, args, kwargs, result)))
     return wrapped

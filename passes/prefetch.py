@@ -1,0 +1,35 @@
+"""memplan::fetch -> memplan::bring and landed: each copy of a streamed parameter starts when the one before it is done.
+
+Before: a planned graph that fetches parameters where it uses them, and waits for each. After: the first copy starts
+when the graph does, each other one after the fetch before it, and the device waits where the fetch was. lifetimes.py
+counts the memory from where the copy starts, by the same rule.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from memplan.passes.offload import call
+from memplan.runtime.offloaded import LANDED
+from memplan.runtime.streamed import BRING, FETCH
+
+
+def prefetch(graph: fx.Graph) -> None:
+    """Rewrite the fetches of one graph, or of one part of a graph: a list of its nodes."""
+    spread(graph, [n for n in graph.nodes if n.op not in ("placeholder", "get_attr")])
+
+
+def spread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Rewrite the fetches among consecutive nodes."""
+    before = nodes[0] if nodes else None  # where the next copy may start
+    for node in [n for n in nodes if n.target is FETCH]:
+        assert before is not None
+        with graph.inserting_before(before):
+            made = call(graph, BRING, *node.args[:2])
+        with graph.inserting_before(node):
+            call(graph, LANDED, made, node.args[0], "back")
+        for new in (made, made.next):
+            new.meta |= {k: v for k, v in node.meta.items() if k not in new.meta}
+        before = node.next
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
