@@ -369,6 +369,7 @@ class Moment:
     name: str
     seconds: float  # since the start; an estimate in a prediction
     phase: str = ""  # "forward" | "backward" | ...
+    stall: float = 0.0  # seconds the compute waits for a copy before this moment
 
 
 @dataclass(frozen=True)
@@ -389,7 +390,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What is alive when. `base` are bytes alive throughout, by kind."""
+    """What is alive when. `base` are bytes alive throughout, by kind.
+
+    `host`: bytes on the host over the same moments. They are not part of totals.
+    """
 
     title: str
     origin: Literal["predicted", "measured"]
@@ -397,6 +401,7 @@ class Timeline:
     blocks: tuple[Block, ...]
     base: tuple[tuple[Kind, int], ...] = ()
     notes: tuple[str, ...] = ()
+    host: tuple[Block, ...] = ()
 
     @property
     def base_bytes(self) -> int:
