@@ -2,7 +2,7 @@
 
 table(plan)      one table, equal layers folded, and whether it fits
 summary(value)   where the bytes of a timeline are at its peak
-save(value, path)  .json, .html or .png, by suffix
+save(value, path)  .json, .html, .png or .pickle, by suffix
 compare(a, b)    two timelines, predicted or measured
 """
 
@@ -16,12 +16,17 @@ from memplan.ir import Plan, Step, Timeline
 from memplan.report.comparison import Comparison, compare
 from memplan.report.html import page
 from memplan.report.png import draw
+from memplan.report.snapshot import dump
 from memplan.report.text import summary, table
 
 __all__ = ["Comparison", "check_path", "compare", "save", "summary", "table"]
 
 # Of a Plan, a Timeline or several.
-_PICTURES: dict[str, Callable[[Plan | Timeline | Sequence[Timeline]], str | bytes]] = {".html": page, ".png": draw}
+_PICTURES: dict[str, Callable[[Plan | Timeline | Sequence[Timeline]], str | bytes]] = {
+    ".html": page,
+    ".png": draw,
+    ".pickle": dump,
+}
 
 
 def save(value: Step | Plan | Timeline | Sequence[Timeline], path: str | os.PathLike[str]) -> None:
