@@ -445,7 +445,7 @@ class Timeline:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it in the format of the suffix: .json is read back by Timeline.load, .html is a page for any browser,
-        .png a picture, .pickle opens in torch's memory viewer.
+        .png a picture, .pickle opens in torch's memory viewer, .perfetto-trace in Perfetto's.
         """
         from memplan import report
 

@@ -2,7 +2,7 @@
 
 table(plan)      one table, equal layers folded, and whether it fits
 summary(value)   where the bytes of a timeline are at its peak
-save(value, path)  .json, .html, .png or .pickle, by suffix
+save(value, path)  .json, .html, .png, .pickle or .perfetto-trace, by suffix
 compare(a, b)    two timelines, predicted or measured
 """
 
@@ -15,6 +15,7 @@ from memplan.errors import MemplanError
 from memplan.ir import Plan, Step, Timeline
 from memplan.report.comparison import Comparison, compare
 from memplan.report.html import page
+from memplan.report.perfetto import trace
 from memplan.report.png import draw
 from memplan.report.snapshot import dump
 from memplan.report.text import summary, table
@@ -26,6 +27,7 @@ _PICTURES: dict[str, Callable[[Plan | Timeline | Sequence[Timeline]], str | byte
     ".html": page,
     ".png": draw,
     ".pickle": dump,
+    ".perfetto-trace": trace,
 }
 
 

@@ -117,7 +117,7 @@ def test_a_plan_that_does_not_fit_gates(script: str, calls: Calls, plan: Plan, m
         ("{}:make_one", [], "returned 1: return the pair"),
         ("{}:make_two", [], "missing a required argument: 'size'"),
         ("{}:makestep", [], "did you mean 'make_step'"),
-        ("{}:make_step", ["-o", "plan.txt"], "the formats are .json, .html, .png and .pickle"),
+        ("{}:make_step", ["-o", "plan.txt"], "the formats are .json, .html, .png, .pickle and .perfetto-trace"),
         ("absent.py:make_step", [], "not a Python file that exists"),
         ("{}:make_step", ["--budget", "24"], 'did you mean "24GB"'),
         ("{}:make_step", ["--machine", "h1000"], "did you mean 'h100'"),

@@ -113,7 +113,9 @@ def test_formats(plan: Plan, step: Step, tmp_path: Path) -> None:
     report.save(step, tmp_path / "step.json")
     with pytest.raises(MemplanError, match=r"a Step as .*the formats are \.json"):
         report.save(step, tmp_path / "step.png")
-    with pytest.raises(MemplanError, match=r"a Plan as .*the formats are \.json, \.html, \.png and \.pickle"):
+    with pytest.raises(
+        MemplanError, match=r"a Plan as .*the formats are \.json, \.html, \.png, \.pickle and \.perfetto-trace"
+    ):
         report.save(plan, tmp_path / "plan.htm")
     with pytest.raises(MemplanError, match="at least one"):
         report.save([], tmp_path / "none.png")
