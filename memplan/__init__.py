@@ -24,6 +24,7 @@ _HOME = {
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
     "record": "memplan.runtime.recorder",
+    "on_oom": "memplan.oom",
     "compare": "memplan.report",
     "Keep": "memplan.ir",
     "Recompute": "memplan.ir",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from memplan.ir import Recompute as Recompute
     from memplan.ir import Step as Step
     from memplan.ir import Timeline as Timeline
+    from memplan.oom import on_oom as on_oom
     from memplan.passes.policies import policy as policy
     from memplan.report import compare as compare
     from memplan.runtime.recorder import record as record

@@ -44,8 +44,13 @@ def summary(timeline: Timeline) -> str:
 
 def at_peak(timeline: Timeline) -> dict[Kind, int]:
     """Bytes by kind at the peak, base included; kinds without any are left out."""
+    return at_moment(timeline, timeline.peak_moment)
+
+
+def at_moment(timeline: Timeline, moment: int) -> dict[Kind, int]:
+    """The same at another moment."""
     total = defaultdict(int, timeline.base)
-    for block in timeline.alive():
+    for block in timeline.alive(moment):
         total[block.kind] += block.bytes
     return {kind: total[kind] for kind in KINDS if total[kind]}
 

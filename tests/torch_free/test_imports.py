@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "options": {"errors", "ir", "units", "machines"},
     "runtime": DATA,
     "passes": DATA | {"runtime"},
+    "oom": DATA | {"report", "runtime"},
     "api": BELOW_API | {"backend", "here"},
     "backend": BELOW_API | {"api", "here"},
     "testing": BELOW_API | {"", "api", "backend", "steps"},
