@@ -1,6 +1,7 @@
 """The command's exit codes and streams; planning itself is replaced, so that no step is traced here."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -145,6 +146,17 @@ def test_timeline_and_compare(plan: Plan, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert main(["compare", a, b]) == 0
     assert "equal peaks" in capsys.readouterr().out
+    for suffix in ("html", "pickle", "perfetto-trace"):
+        assert main(["timeline", a, "-o", str(tmp_path / f"d.{suffix}")]) == 0
+        assert main(["compare", a, b, "-o", str(tmp_path / f"e.{suffix}")]) == 0
+        assert (tmp_path / f"e.{suffix}").stat().st_size > (tmp_path / f"d.{suffix}").stat().st_size
+    capsys.readouterr()
+    assert main(["timeline", b, "--json"]) == 0
+    assert from_json(capsys.readouterr().out, Timeline) == plan.timeline
+    assert main(["compare", a, b, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_b"] == plan.peak
+    assert main(["compare", a, b, "-o", str(tmp_path / "e.json")]) == 2
+    assert "the formats are .html" in capsys.readouterr().err
 
 
 def test_files_that_are_not_timelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
