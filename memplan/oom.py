@@ -29,7 +29,7 @@ from torch._dynamo.callback import callback_handler
 from memplan import report
 from memplan.errors import MemplanError
 from memplan.ir import Block, Timeline
-from memplan.report.text import at_moment, block_line
+from memplan.report.text import at_moment, block_line, folded
 from memplan.runtime.allocator import gives_way
 from memplan.runtime.free import free_bytes
 from memplan.runtime.recorder import Recording, record
@@ -37,7 +37,7 @@ from memplan.runtime.window import in_backward
 from memplan.units import human, parse_bytes
 
 SECONDS = 5.0  # of recording, after which the next end of a backward starts it anew
-LARGEST = 8  # tensors named in the note
+LARGEST = 8  # tensors named in the note, equal ones of equal layers as one
 
 
 @contextlib.contextmanager
@@ -84,19 +84,20 @@ def _explain(recorder: _Recorder, path: str | os.PathLike[str], asked: int) -> s
 def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     # What is freed after the last allocation may be freed because of the error.
     at = max((block.start for block in timeline.blocks), default=0)
-    alive = timeline.alive(at)
+    alive = folded(timeline.alive(at))
     total = timeline.totals[at] if timeline.moments else timeline.base_bytes
     kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_moment(timeline, at).items())
     lines = [f"memplan: {_sizes(asked, free)}, beside {human(total)} alive: {kinds}"]
     lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
     lines += _rest(alive[LARGEST:])
     if free is not None:
-        lines.append(f'  what fits here is a step inside memplan.plan(step, batch, budget="{human(total + free)}")')
+        fits = human(total + free)
+        lines.append(f'  a step inside {fits} would fit here: memplan.plan(step, batch, budget="{fits}")')
     return "\n".join(lines)
 
 
 def _rest(blocks: list[Block]) -> list[str]:
-    return [f"  {human(sum(b.bytes for b in blocks)):>10}  in {len(blocks)} smaller"] if blocks else []
+    return [f"  {human(sum(b.bytes for b in blocks)):>10}  in others"] if blocks else []
 
 
 def _sizes(asked: int, free: int | None) -> str:

@@ -20,7 +20,9 @@ Key = Callable[[Block], Hashable]
 
 @dataclass(frozen=True)
 class Place:
-    """Where the same block is allocated in both, and the bytes there, above what is alive throughout."""
+    """Where the same block is allocated in both, and the most bytes from there to the next such place, above what is
+    alive throughout.
+    """
 
     block: Block
     moment_a: int
@@ -133,10 +135,19 @@ def _timeline(value: Plan | Timeline) -> Timeline:
 
 
 def _worst(x: Timeline, y: Timeline, key: Key) -> Place | None:
-    places = (
-        Place(a, a.start, b.start, x.totals[a.start] - x.base_bytes, y.totals[b.start] - y.base_bytes)
-        for a, b in aligned(x, y, key)
-    )
+    """Compares the most that is alive from one place where both allocate the same to the next one: a prediction has one
+    moment for an op with all it allocates, a measurement several.
+    """
+    starts: list[tuple[int, int, Block]] = []
+    for a, b in aligned(x, y, key):
+        if not starts or (a.start > starts[-1][0] and b.start > starts[-1][1]):
+            starts.append((a.start, b.start, a))
+    ends = [*starts[1:], (len(x.moments), len(y.moments), None)]
+    places = []
+    for (from_a, from_b, block), (to_a, to_b, _) in zip(starts, ends, strict=True):
+        at_a = max(range(from_a, to_a), key=x.totals.__getitem__)
+        at_b = max(range(from_b, to_b), key=y.totals.__getitem__)
+        places.append(Place(block, at_a, at_b, x.totals[at_a] - x.base_bytes, y.totals[at_b] - y.base_bytes))
     return max(places, key=lambda place: abs(place.bytes_b - place.bytes_a), default=None)
 
 

@@ -16,7 +16,7 @@ from memplan import report
 from memplan.errors import MemplanError
 from memplan.ir import Block, Budget, Moment, Plan, Recompute, Step, Timeline
 from memplan.report import alignment, png
-from memplan.report.text import ROWS, WIDTH, at_peak
+from memplan.report.text import ROWS, WIDTH, at_peak, folded
 from memplan.units import human
 
 
@@ -150,6 +150,16 @@ def test_a_measurement_has_other_names(timeline: Timeline) -> None:
     assert len(report.compare(timeline, missing).only_a) == 1
 
 
+def test_folded_blocks_have_the_bytes_of_all(timeline: Timeline) -> None:
+    alive = timeline.alive()
+    few = folded(alive)
+    assert sum(b.bytes for b in few) == sum(b.bytes for b in alive)
+    renamed = folded(dataclasses.replace(b, name="mm", layer=f"model.{i}.mlp") for i, b in enumerate(alive))
+    assert len(renamed) < len(alive)
+    assert renamed[0].name.endswith(" x mm") and renamed[0].layer == "model.*.mlp"
+    assert [b.bytes for b in renamed] == sorted((b.bytes for b in renamed), reverse=True)
+
+
 def test_the_worst_place_and_what_moved(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
     """Keep what was recomputed, up to the end: every later place has those bytes more, the last one all of them."""
     a = plan_of(layers=4)
@@ -171,6 +181,15 @@ def test_the_worst_place_and_what_moved(plan_of: Callable[..., Plan], tmp_path: 
     assert value["moved"][0][1]["decision"] == "keep" and "timelines" not in value
     found.save(tmp_path / "both.html")
     assert a.timeline.title in (tmp_path / "both.html").read_text()
+
+
+def test_an_op_of_several_moments_is_one_place(timeline: Timeline) -> None:
+    """A measurement has a moment for each allocation: twice as many moments, and the same bytes, are no difference."""
+    twice = tuple(m for moment in timeline.moments for m in (moment, dataclasses.replace(moment, name="inside")))
+    blocks = tuple(dataclasses.replace(b, start=2 * b.start + 1, end=2 * b.end) for b in timeline.blocks)
+    found = report.compare(timeline, dataclasses.replace(timeline, moments=twice, blocks=blocks))
+    assert found.worst is not None and found.worst.bytes_a == found.worst.bytes_b
+    assert "differ most" not in str(found)
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
