@@ -11,7 +11,7 @@ import memplan
 from memplan import oom
 from memplan.errors import MemplanError
 from memplan.ir import Timeline
-from memplan.runtime import recorder
+from memplan.runtime import recorder, rolling
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6
@@ -129,6 +129,7 @@ def test_errors_raised_from_it_are_explained_too(tmp_path: Path) -> None:
     ("text", "size"),
     [
         ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB", 20 << 20),
+        ("CUDA out of memory. Tried to allocate 512 bytes. GPU 0 has", 512),
         ("CUDA out of memory.", 0),
     ],
 )
@@ -157,7 +158,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 
 def test_recording_starts_anew_after_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oom, "SECONDS", 0.0)
+    monkeypatch.setattr(rolling, "SECONDS", 0.0)
     weight = torch.ones(1000, requires_grad=True)
     with pytest.raises(RuntimeError), memplan.on_oom(tmp_path / "oom.json"):
         for _ in range(20):
