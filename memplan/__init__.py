@@ -26,6 +26,7 @@ _HOME = {
     "record": "memplan.runtime.recorder",
     "stream": "memplan.runtime.streamed",
     "unstream": "memplan.runtime.streamed",
+    "on_oom": "memplan.oom",
     "compare": "memplan.report",
     "Keep": "memplan.ir",
     "Recompute": "memplan.ir",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from memplan.ir import Recompute as Recompute
     from memplan.ir import Step as Step
     from memplan.ir import Timeline as Timeline
+    from memplan.oom import on_oom as on_oom
     from memplan.passes.policies import policy as policy
     from memplan.report import compare as compare
     from memplan.runtime.recorder import record as record

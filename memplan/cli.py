@@ -6,11 +6,13 @@ Exit codes: 0 done, 2 bad input, 3 the step does not fit its budget (so that `me
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if options.out:
         report.check_path(Plan, options.out)  # planning may take a minute
     step, batch = _make_step(arguments.target)
-    with Console(stderr=True).status(f"planning {arguments.target} ..."):
+    with _progress(f"planning {arguments.target}"):
         made: Plan = memplan.plan(
             step,
             batch,
@@ -62,16 +64,49 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def timeline(arguments: argparse.Namespace) -> int:
     """Print a saved plan or timeline, and convert it with -o."""
-    value = _load(arguments.path)
-    print(report.table(value) if isinstance(value, Plan) else report.summary(value))
-    if arguments.out:
-        report.save(value, arguments.out)
+    with _progress(f"reading {arguments.path}"):
+        value = _load(arguments.path)
+        if arguments.out:
+            report.save(value, arguments.out)
+    text = report.table(value) if isinstance(value, Plan) else report.summary(value)
+    print(serialize.to_json(value) if arguments.json else text)
     return 0
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Compare two saved plans or timelines at their peaks."""
-    print(report.compare(_load(arguments.a), _load(arguments.b)))
+    """Compare two saved plans or timelines, and draw both with -o."""
+    with _progress(f"comparing {arguments.a} and {arguments.b}"):
+        found = report.compare(_load(arguments.a), _load(arguments.b))
+        if arguments.out:
+            found.save(arguments.out)
+    print(found.to_json() if arguments.json else found)
+    return 0
+
+
+def record_step(arguments: argparse.Namespace) -> int:
+    """Run a train step once to warm up, record it the second time, and say where its bytes were.
+
+    FILE.py:make_step names a function without arguments that returns (step, batch). A loss that step(batch) returns is
+    run backward, if that is still to be done.
+    """
+    if arguments.out:
+        report.check_path(Timeline, arguments.out)
+    step, batch = _make_step(arguments.target)
+
+    def run() -> None:
+        loss = step(batch)
+        if getattr(loss, "requires_grad", False):
+            loss.backward()
+
+    with _progress(f"warming up {arguments.target}"):
+        run()
+    with _progress(f"recording {arguments.target}"):
+        with memplan.record(arguments.device, lines=True) as seen:
+            run()
+        found = dataclasses.replace(seen.timeline, title=f"{arguments.target}, {seen.timeline.title}")
+        if arguments.out:
+            report.save(found, arguments.out)
+    print(serialize.to_json(found) if arguments.json else report.summary(found))
     return 0
 
 
@@ -96,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         text = inspect.getdoc(command) or ""
-        out = commands.add_parser(command.__name__, help=text.split("\n")[0], description=text)
+        out = commands.add_parser(command.__name__.replace("_", "-"), help=text.split("\n")[0], description=text)
         out.set_defaults(command=command)
         return out
 
@@ -115,17 +150,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tiles", type=_rows, help='rows of a slice, lm_head=256,mlp=1024, or "auto"; default: no slices'
     )
-    command.add_argument("--json", action="store_true", help="print the plan as JSON")
-    command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
+    _output(command)
 
     command = add(timeline)
     command.add_argument("path", metavar="PATH")
-    command.add_argument("-o", "--out", metavar="PATH", help="also save it, as .json or .png")
+    _output(command)
 
     command = add(compare)
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
+    _output(command, "also draw both, as .html or .png, or save them as .pickle or .perfetto-trace")
+
+    command = add(record_step)
+    command.add_argument("target", metavar="FILE.py:make_step")
+    command.add_argument("--device", help="cpu or cuda; default cuda if there is one")
+    _output(command)
     return parser
+
+
+def _output(command: argparse.ArgumentParser, out: str = "") -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+    formats = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
+    command.add_argument("-o", "--out", metavar="PATH", help=out or f"also save it, as {formats}")
+
+
+def _progress(what: str) -> AbstractContextManager[Any]:
+    """Says what takes so long, on a terminal."""
+    return Console(stderr=True).status(f"{what} ...")
 
 
 def _rows(text: str) -> int | str | dict[str, int | str]:

@@ -1,7 +1,7 @@
 """The demo: the same few GRPO steps unplanned and inside two budgets, on a CPU, in under a minute.
 
 In: nothing but random weights and reasoning-gym's tasks. Out: a table on the terminal, and the tighter plan's
-timeline as timeline.png and timeline.json. What must hold: every run starts from the same weights and sees the same
+timeline as timeline.html, .png and .json. What must hold: every run starts from the same weights and sees the same
 batch, so that the gradients may be compared bit for bit.
 """
 
@@ -139,7 +139,7 @@ def run(
     `inner`: what runs the planned graphs, "eager" or "inductor". The unplanned step is then plain eager, or torch's own
     compile, which recomputes a little of its own accord.
     `budgets`: "30MB" or bytes; by default 50 % and 10 % of the way from the smallest budget that fits up to the
-    unplanned peak. `steps`: at least 3. `out`: the folder that timeline.png and timeline.json go to.
+    unplanned peak. `steps`: at least 3. `out`: the folder that timeline.html, .png and .json go to.
     Raises memplan.DoesNotFit if a given budget is too small.
     """
     if inner not in ("eager", "inductor"):
@@ -211,9 +211,9 @@ def run(
     print(tightest)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "json"):
+    for suffix in ("html", "png", "json"):
         tightest.timeline.save(out / f"timeline.{suffix}")
-    console.print(f"the tighter plan's timeline: {out / 'timeline.png'}, {out / 'timeline.json'}")
+    console.print(f"the tighter plan's timeline: {out / 'timeline.html'}, .png and .json")
 
 
 def _progress(console: Console, what: str) -> AbstractContextManager[Any]:

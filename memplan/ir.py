@@ -502,7 +502,9 @@ class Timeline:
         return sorted((b for b in self.blocks if b.start <= at < b.end), key=lambda b: -b.bytes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .json (read back by Timeline.load) or .png, chosen by suffix."""
+        """Write it in the format of the suffix: .json is read back by Timeline.load, .html is a page for any browser,
+        .png a picture, .pickle opens in torch's memory viewer, .perfetto-trace in Perfetto's.
+        """
         from memplan import report
 
         report.save(self, path)
@@ -581,7 +583,7 @@ class Plan:
         return report.table(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON (read back by Plan.load), or its timeline as .png."""
+        """Write the plan as .json (read back by Plan.load), or its timeline in another format (see Timeline.save)."""
         from memplan import report
 
         report.save(self, path)

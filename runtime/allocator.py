@@ -6,7 +6,9 @@ A process can have one profiler. A window (window.py) that has it gives way to w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +16,9 @@ import torch
 
 FREED, MARK = "memplan: freed ", "memplan: mark "
 _BARE = {f"aten::{op}" for op in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")}
+# Files in which no line is the user's: torch's, memplan's, and what Dynamo and Inductor generate.
+_LIBRARY = re.compile(r"(^|/)(torch|memplan/passes|memplan/runtime)/|^<|(^|/)c[a-z2-7]{40,}\.py$")
+_PYTHON = (torch._C._profiler._ExtraFields_PyCall, torch._C._profiler._ExtraFields_PyCCall)
 
 gives_way: list[Callable[[], None]] = []  # how to end what has the profiler; as many as there are profilers
 
@@ -34,6 +39,7 @@ class Event:
     name: str
     phase: str = ""
     source: str = ""
+    layer: str = ""
     mark: int | None = None  # a place that `mark` marked, and nothing else
 
 
@@ -43,28 +49,51 @@ def mark(number: int) -> None:
         pass
 
 
-def allocator_profile() -> torch.profiler.profile:
-    """torch's profiler, reporting what the CPU's allocator does; not started."""
+def allocator_profile(lines: bool = False) -> torch.profiler.profile:
+    """torch's profiler, reporting what the CPU's allocator does, with the Python calls around it if `lines`; not
+    started.
+    """
     # Kineto writes two lines to stderr at every start, at level 5. It looks at the variable once, when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    return torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    return _Profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True, with_stack=lines
     )
 
 
-def events(profile: torch.profiler.profile) -> list[Event]:
-    """A stopped profiler's allocator events, in order of time; each is named after the op that encloses it."""
+class _Profile(torch.profiler.profile):
+    """Without acc_events, older versions of torch warn; with it, most of the time at the end goes into events for
+    Python that nobody reads.
+    """
+
+    def stop(self) -> None:
+        if self.profiler is not None:
+            self.profiler.acc_events = False
+        super().stop()
+
+
+def events(profile: torch.profiler.profile, layers: Mapping[int, str] | None = None) -> list[Event]:
+    """A stopped profiler's allocator events, in order of time; each is named after the op that encloses it.
+
+    `layers`: the names of modules, by id. They and source lines are known where the profile has Python's calls.
+    """
     results = cast(Any, profile.profiler).kineto_results
     origin = results.trace_start_ns()
     found: list[tuple[int, Event]] = []
-    todo = [(event, "", "") for event in reversed(results.experimental_event_tree())]
+    todo = [(event, "", "", "", "") for event in reversed(results.experimental_event_tree())]
     while todo:
-        event, name, phase = todo.pop()
+        event, name, phase, source, layer = todo.pop()
         at = event.start_time_ns
         fields = event.extra_fields
         if isinstance(fields, torch._C._profiler._ExtraFields_Allocation):
             if fields.device.type == "cpu":
-                found.append((at, Event((at - origin) / 1e9, fields.ptr, fields.alloc_size, name or "python", phase)))
+                what = (fields.ptr, fields.alloc_size, name or "python", phase, source, layer)
+                found.append((at, Event((at - origin) / 1e9, *what)))
+            continue
+        if isinstance(fields, _PYTHON):
+            source = _source(fields) or source
+            if isinstance(fields, torch._C._profiler._ExtraFields_PyCall) and fields.module is not None:
+                layer = (layers or {}).get(fields.module.self_ptr, layer)
+            todo.extend((child, name, phase, source, layer) for child in reversed(event.children))
             continue
         if event.name.startswith(FREED):
             address = int(event.name.removeprefix(FREED))
@@ -78,9 +107,22 @@ def events(profile: torch.profiler.profile) -> list[Event]:
             phase = _phase(event.name)
         if not name or event.name not in _BARE:
             name = event.name.removeprefix("autograd::engine::evaluate_function: ")
-        todo.extend((child, name, phase) for child in reversed(event.children))
+        todo.extend((child, name, phase, source, layer) for child in reversed(event.children))
     found.sort(key=lambda e: e[0])
     return [event for _, event in found]
+
+
+def _source(call: Any) -> str:
+    """The user's line of a Python call: that of the function called, if it is theirs, or where it is called.
+
+    Operators make no calls: for what `a @ b` allocates, that is the line of the function it is in.
+    """
+    own = [call.callsite] if isinstance(call, torch._C._profiler._ExtraFields_PyCall) else []
+    for frame in (*own, call.caller):
+        top = frame.file_name.partition("/")[0].removesuffix(".py")
+        if top not in sys.stdlib_module_names and not _LIBRARY.search(frame.file_name):
+            return f"{frame.file_name}:{frame.line_number} in {frame.function_name}"
+    return ""
 
 
 def _phase(name: str) -> str:

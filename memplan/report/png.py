@@ -7,7 +7,6 @@ in a prediction); where those say nothing, moments are counted instead.
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,22 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from memplan.errors import MemplanError
-from memplan.ir import Kind, Moment, Plan, Timeline
+from memplan.ir import Kind, Plan, Timeline
+from memplan.report.scale import COLOURS, edges, phases, timelines
 from memplan.units import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# torch.profiler's colours, in the order of the stack: what stays is at the bottom.
-COLOURS: dict[Kind, str] = {
-    "parameter": "darkgreen",
-    "optimizer_state": "goldenrod",
-    "input": "black",
-    "gradient": "mediumblue",
-    "activation": "red",
-    "temporary": "mediumpurple",
-}
 COLUMNS = 4000  # more than the pixels across; longer timelines are drawn by the largest moment of each column
 PHASES = 16  # more changes of phase than this are not shaded
 
@@ -50,12 +40,10 @@ def draw(value: Plan | Timeline | Sequence[Timeline]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timelines = [value.timeline] if isinstance(value, Plan) else [value] if isinstance(value, Timeline) else [*value]
-    if not timelines or not all(isinstance(timeline, Timeline) for timeline in timelines):
-        raise MemplanError("a .png is drawn of a Plan, a Timeline, or a list of at least one Timeline")
-    figure = Figure(figsize=(12, 5 * len(timelines)), dpi=120, layout="constrained")
+    shown = timelines(value)
+    figure = Figure(figsize=(12, 5 * len(shown)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, timeline in zip(figure.subplots(len(timelines), squeeze=False)[:, 0], timelines, strict=True):
+    for axes, timeline in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         _draw(axes, timeline, value if isinstance(value, Plan) else None)
     top = max(axes.get_ylim()[1] for axes in figure.axes)
     for axes in figure.axes:
@@ -67,9 +55,9 @@ def draw(value: Plan | Timeline | Sequence[Timeline]) -> bytes:
 
 def _draw(axes: Axes, timeline: Timeline, plan: Plan | None) -> None:
     steps = _steps(timeline)
-    phases = _phases(timeline.moments)
-    for phase, start, end in phases if len(phases) <= PHASES else []:
-        first, last = _edges(timeline)[0][[start, end]]
+    ends, runs = edges(timeline)[0], phases(timeline.moments)
+    for phase, start, end in runs if len(runs) <= PHASES else []:
+        first, last = ends[start], ends[end]
         axes.axvspan(first, last, color="0.5", alpha=0.12 if phase == "backward" else 0.04, linewidth=0)
         if phase:
             axes.text((first + last) / 2, 0.985, phase, transform=axes.get_xaxis_transform(), ha="center", va="top")
@@ -117,19 +105,9 @@ def _draw(axes: Axes, timeline: Timeline, plan: Plan | None) -> None:
         axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-def _edges(timeline: Timeline) -> tuple[npt.NDArray[np.float64], str]:
-    """The ends of each moment's column, one more than moments, and what they count."""
-    seconds = np.array([moment.seconds for moment in timeline.moments])
-    if len(seconds) > 1 and seconds[-1] > seconds[0] and (np.diff(seconds) >= 0).all() and seconds[0] >= 0:
-        if timeline.origin == "predicted":  # a moment's seconds are when its op ends
-            return 1e3 * np.append(0.0, seconds), "milliseconds (estimate)"
-        return 1e3 * np.append(seconds, seconds[-1]), "milliseconds"
-    return np.arange(max(len(seconds), 1) + 1, dtype=np.float64), "moments"
-
-
 def _steps(timeline: Timeline) -> _Steps:
-    edges, label = _edges(timeline)
-    count = len(edges) - 1
+    ends, label = edges(timeline)
+    at, count = np.array(ends), len(ends) - 1
     layers = {kind: np.zeros(count + 1) for kind in COLOURS}
     for block in timeline.blocks:
         layers[block.kind][block.start] += block.bytes
@@ -138,21 +116,11 @@ def _steps(timeline: Timeline) -> _Steps:
     values = {kind: np.cumsum(delta)[:-1] + base.get(kind, 0) for kind, delta in layers.items()}
     total = np.sum(list(values.values()), axis=0)
     if count > COLUMNS:
-        column = ((edges[:-1] - edges[0]) * (COLUMNS / (edges[-1] - edges[0]))).astype(np.int64)
+        column = ((at[:-1] - at[0]) * (COLUMNS / (at[-1] - at[0]))).astype(np.int64)
         starts = np.flatnonzero(np.diff(column, prepend=-1))
         # By column, then by total: the last of each column is its largest moment.
         order = np.lexsort((total, column))
         largest = order[np.append(starts[1:], count) - 1]
         values, total = {kind: v[largest] for kind, v in values.items()}, total[largest]
-        edges = np.append(edges[starts], edges[-1])
-    return _Steps(edges, total, {kind: v for kind, v in values.items() if v.any()}, label)
-
-
-def _phases(moments: Sequence[Moment]) -> list[tuple[str, int, int]]:
-    """Runs of equal phase: (phase, first moment, one past the last)."""
-    out, start = [], 0
-    for phase, run in itertools.groupby(moments, key=lambda moment: moment.phase):
-        end = start + sum(1 for _ in run)
-        out.append((phase, start, end))
-        start = end
-    return out
+        at = np.append(at[starts], at[-1])
+    return _Steps(at, total, {kind: v for kind, v in values.items() if v.any()}, label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections import defaultdict
@@ -44,8 +45,13 @@ def summary(timeline: Timeline) -> str:
 
 def at_peak(timeline: Timeline) -> dict[Kind, int]:
     """Bytes by kind at the peak, base included; kinds without any are left out."""
+    return at_moment(timeline, timeline.peak_moment)
+
+
+def at_moment(timeline: Timeline, moment: int) -> dict[Kind, int]:
+    """The same at another moment."""
     total = defaultdict(int, timeline.base)
-    for block in timeline.alive():
+    for block in timeline.alive(moment):
         total[block.kind] += block.bytes
     return {kind: total[kind] for kind in KINDS if total[kind]}
 
@@ -54,6 +60,25 @@ def block_line(block: Block) -> str:
     """A block in one line: its bytes, what it is, and the user's line."""
     what = [block.name, block.kind, shape_dtype(block.shape, block.dtype), block.decision, block.layer, block.source]
     return f"{human(block.bytes):>10}  " + "  ".join(part for part in what if part)
+
+
+def folded(blocks: Iterable[Block]) -> list[Block]:
+    """Equal blocks of equal layers as one, "4 x mm", with the bytes of all; largest first."""
+    groups: dict[Block, list[Block]] = defaultdict(list)
+    for block in blocks:
+        groups[dataclasses.replace(block, layer=any_layer(block.layer), start=0, end=0)].append(block)
+    out = [
+        dataclasses.replace(same, name=f"{len(all_)} x {same.name}", bytes=len(all_) * same.bytes)
+        if len(all_) > 1
+        else all_[0]
+        for same, all_ in groups.items()
+    ]
+    return sorted(out, key=lambda block: -block.bytes)
+
+
+def any_layer(path: str) -> str:
+    """model.layers.3.mlp -> model.layers.*.mlp"""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
@@ -67,7 +92,7 @@ def _decisions(plan: Plan) -> str:
     for t, decision in plan.decisions:
         tensor = step.tensors[t]
         target = step.producer[t][1].target if t in step.producer else ""
-        layer = re.sub(r"(?<![^.])\d+(?![^.])", "*", tensor.layer)
+        layer = any_layer(tensor.layer)
         what = shape_dtype(tensor.shape, tensor.dtype)
         groups[type(decision).__name__.lower(), what, target, layer, tensor.source].append(t)
 

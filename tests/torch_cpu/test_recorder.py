@@ -123,6 +123,45 @@ def test_peak_agrees_with_memtracker():
     assert seen.timeline.peak_above_base + parameters == pytest.approx(oracle, rel=1e-3)
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(256, 256)
+
+    def forward(self, x):
+        return torch.sin(self.inner(x))
+
+
+LINE = Twice.forward.__code__.co_firstlineno
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_lines_and_modules(backend):
+    """Of eager code each op's own line; of compiled code the line that calls it, and never a file of torch's."""
+    torch._dynamo.reset()
+    module, x = Twice(), torch.ones(1024, 256)
+
+    def step(x):
+        return module(x).sum()
+
+    run = step if backend is None else torch.compile(step, backend=backend)
+    run(x).backward()
+    module.zero_grad()
+    with record("cpu", lines=True) as seen:
+        run(x).backward()
+    blocks = [b for b in seen.timeline.blocks if b.bytes >= MIB / 4]
+    assert blocks and all("test_recorder.py:" in b.source for b in blocks)
+    if backend is None:
+        sine = next(b for b in blocks if b.name == "aten::sin")
+        product = next(b for b in blocks if b.name == "aten::addmm")
+        assert sine.source.endswith(f"test_recorder.py:{LINE + 1} in forward")
+        assert (sine.layer, product.layer) == ("Twice", "Twice.inner")
+    with record("cpu") as plain:
+        run(x).backward()
+    assert not any(b.source for b in plain.timeline.blocks)
+
+
 # ---- the base -------------------------------------------------------------------------------------------------------
 
 

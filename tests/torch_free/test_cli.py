@@ -1,6 +1,7 @@
 """The command's exit codes and streams; planning itself is replaced, so that no step is traced here."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +119,7 @@ def test_a_plan_that_does_not_fit_gates(script: str, calls: Calls, plan: Plan, m
         ("{}:make_one", [], "returned 1: return the pair"),
         ("{}:make_two", [], "missing a required argument: 'size'"),
         ("{}:makestep", [], "did you mean 'make_step'"),
-        ("{}:make_step", ["-o", "plan.txt"], "the formats are .json and .png"),
+        ("{}:make_step", ["-o", "plan.txt"], "the formats are .json, .html, .png, .pickle and .perfetto-trace"),
         ("absent.py:make_step", [], "not a Python file that exists"),
         ("{}:make_step", ["--budget", "24"], 'did you mean "24GB"'),
         ("{}:make_step", ["--machine", "h1000"], "did you mean 'h100'"),
@@ -146,6 +147,17 @@ def test_timeline_and_compare(plan: Plan, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert main(["compare", a, b]) == 0
     assert "equal peaks" in capsys.readouterr().out
+    for suffix in ("html", "pickle", "perfetto-trace"):
+        assert main(["timeline", a, "-o", str(tmp_path / f"d.{suffix}")]) == 0
+        assert main(["compare", a, b, "-o", str(tmp_path / f"e.{suffix}")]) == 0
+        assert (tmp_path / f"e.{suffix}").stat().st_size > (tmp_path / f"d.{suffix}").stat().st_size
+    capsys.readouterr()
+    assert main(["timeline", b, "--json"]) == 0
+    assert from_json(capsys.readouterr().out, Timeline) == plan.timeline
+    assert main(["compare", a, b, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_b"] == plan.peak
+    assert main(["compare", a, b, "-o", str(tmp_path / "e.json")]) == 2
+    assert "the formats are .html" in capsys.readouterr().err
 
 
 def test_files_that_are_not_timelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "options": {"errors", "ir", "units", "machines"},
     "runtime": DATA,
     "passes": DATA | {"runtime"},
+    "oom": DATA | {"report", "runtime"},
     "api": BELOW_API | {"backend", "here"},
     "backend": BELOW_API | {"api", "here"},
     "testing": BELOW_API | {"", "api", "backend", "steps"},
@@ -214,7 +215,7 @@ def test_the_list_of_packages_is_complete(package: str) -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
     assert {name for name in found if of(package, name)} <= set(settings["packages"])
-    data = {name for name in found if list(modules_folder(name).glob("*.json*"))}
+    data = {name for name in found for suffix in ("json*", "html") if [*modules_folder(name).glob(f"*.{suffix}")]}
     assert data <= set(settings["package-data"])
 
 

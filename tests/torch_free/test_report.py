@@ -1,18 +1,22 @@
 """Reports say what the data says: every byte of a plan in its table, equal layers folded, peaks as they are."""
 
 import dataclasses
+import itertools
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memplan import report
 from memplan.errors import MemplanError
 from memplan.ir import Block, Budget, Moment, Plan, Recompute, Step, Timeline
-from memplan.report import png
-from memplan.report.text import ROWS, WIDTH, at_peak
+from memplan.report import alignment, png
+from memplan.report.text import ROWS, WIDTH, at_peak, folded
 from memplan.units import human
 
 
@@ -113,8 +117,10 @@ def test_formats(plan: Plan, step: Step, tmp_path: Path) -> None:
     report.save(step, tmp_path / "step.json")
     with pytest.raises(MemplanError, match=r"a Step as .*the formats are \.json"):
         report.save(step, tmp_path / "step.png")
-    with pytest.raises(MemplanError, match=r"a Plan as .*the formats are \.json and \.png"):
-        report.save(plan, tmp_path / "plan.html")
+    with pytest.raises(
+        MemplanError, match=r"a Plan as .*the formats are \.json, \.html, \.png, \.pickle and \.perfetto-trace"
+    ):
+        report.save(plan, tmp_path / "plan.htm")
     with pytest.raises(MemplanError, match="at least one"):
         report.save([], tmp_path / "none.png")
     assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
@@ -142,6 +148,60 @@ def test_a_measurement_has_other_names(timeline: Timeline) -> None:
     assert report.compare(timeline, measured).only_a == ()
     missing = dataclasses.replace(measured, blocks=blocks[:-1])
     assert len(report.compare(timeline, missing).only_a) == 1
+
+
+def test_folded_blocks_have_the_bytes_of_all(timeline: Timeline) -> None:
+    alive = timeline.alive()
+    few = folded(alive)
+    assert sum(b.bytes for b in few) == sum(b.bytes for b in alive)
+    renamed = folded(dataclasses.replace(b, name="mm", layer=f"model.{i}.mlp") for i, b in enumerate(alive))
+    assert len(renamed) < len(alive)
+    assert renamed[0].name.endswith(" x mm") and renamed[0].layer == "model.*.mlp"
+    assert [b.bytes for b in renamed] == sorted((b.bytes for b in renamed), reverse=True)
+
+
+def test_the_worst_place_and_what_moved(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    """Keep what was recomputed, up to the end: every later place has those bytes more, the last one all of them."""
+    a = plan_of(layers=4)
+    blocks = tuple(
+        dataclasses.replace(b, decision="keep", end=len(a.timeline.moments)) if b.decision == "recompute" else b
+        for b in a.timeline.blocks
+    )
+    kept = [b for b in blocks if b.name.startswith("mm_")]
+    found = report.compare(a, dataclasses.replace(a.timeline, blocks=blocks))
+    assert found.worst is not None
+    assert (found.worst.block.name, found.worst.moment_a, found.worst.moment_b) == ("loss", 8, 8)
+    assert found.worst.bytes_b - found.worst.bytes_a == sum(b.bytes for b in kept)
+    assert [x.name for x, _ in found.moved] == [b.name for b in kept]
+    text = str(found)
+    assert "they differ most at loss in forward" in text
+    assert f"moved from recompute to keep: 4 blocks, {human(sum(b.bytes for b in kept))}" in text
+    value = json.loads(found.to_json())
+    assert (value["peak_a"], value["worst"]["bytes_b"]) == (found.peak_a, found.worst.bytes_b)
+    assert value["moved"][0][1]["decision"] == "keep" and "timelines" not in value
+    found.save(tmp_path / "both.html")
+    assert a.timeline.title in (tmp_path / "both.html").read_text()
+
+
+def test_an_op_of_several_moments_is_one_place(timeline: Timeline) -> None:
+    """A measurement has a moment for each allocation: twice as many moments, and the same bytes, are no difference."""
+    twice = tuple(m for moment in timeline.moments for m in (moment, dataclasses.replace(moment, name="inside")))
+    blocks = tuple(dataclasses.replace(b, start=2 * b.start + 1, end=2 * b.end) for b in timeline.blocks)
+    found = report.compare(timeline, dataclasses.replace(timeline, moments=twice, blocks=blocks))
+    assert found.worst is not None and found.worst.bytes_a == found.worst.bytes_b
+    assert "differ most" not in str(found)
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
+def test_pairs_are_of_one_key_and_do_not_cross(a: list[int], b: list[int]) -> None:
+    def timeline(sizes: list[int]) -> Timeline:
+        moments = tuple(Moment("op", 0.0) for _ in sizes)
+        return Timeline("t", "measured", moments, tuple(Block("b", s, "input", i, i + 1) for i, s in enumerate(sizes)))
+
+    pairs = alignment.aligned(timeline(a), timeline(b), lambda block: block.bytes)
+    assert all(x.bytes == y.bytes for x, y in pairs)
+    assert all(p[0].start < q[0].start and p[1].start < q[1].start for p, q in itertools.pairwise(pairs))
+    assert len(pairs) == len(a) if a == b else len(pairs) >= bool({*a} & {*b})
 
 
 def test_compare_refuses_other_things(step: Step, plan: Plan) -> None:
