@@ -24,6 +24,8 @@ _HOME = {
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
     "record": "memplan.runtime.recorder",
+    "from_sac": "memplan.passes.sac",
+    "to_sac": "memplan.passes.sac",
     "stream": "memplan.runtime.streamed",
     "unstream": "memplan.runtime.streamed",
     "on_oom": "memplan.oom",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from memplan.ir import Timeline as Timeline
     from memplan.oom import on_oom as on_oom
     from memplan.passes.policies import policy as policy
+    from memplan.passes.sac import from_sac as from_sac
+    from memplan.passes.sac import to_sac as to_sac
     from memplan.report import compare as compare
     from memplan.runtime.recorder import record as record
     from memplan.runtime.streamed import stream as stream

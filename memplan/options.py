@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from memplan import memory
 from memplan.errors import MemplanError, did_you_mean
 from memplan.ir import Budget, Machine
 from memplan.machines import machine
@@ -168,26 +169,15 @@ def read_budget(
 
 def _host_bytes(given: str | int | float | None, machine: Machine) -> int:
     if given is None:
-        return 0 if machine.unified else _free_memory() // 2
+        return 0 if machine.unified else memory.available() // 2
     amount = _host_amount(given)
-    return amount if isinstance(amount, int) else int(amount * _free_memory())
+    return amount if isinstance(amount, int) else int(amount * memory.available())
 
 
 def _host_amount(given: object) -> int | float:
     """As of a budget, but that it may be nothing."""
     nothing = isinstance(given, (int, str)) and str(given).strip().upper() in ("0", "0B", "0GB")
     return 0 if nothing else _amount(given, "host_budget")
-
-
-def _free_memory() -> int:
-    """Bytes of this host's memory that can be taken without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass  # not Linux: what is free at least
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _amount(value: object, name: str = "budget") -> int | float:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from memplan import memory
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that could still be allocated on a device; None: nobody says.
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that could still be allocated on a device.
 
     CUDA: what the driver has, and what the caching allocator holds unused, which may be in pieces. CPU: what the system
     calls available, and what the process's own limit leaves.
@@ -17,14 +19,11 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return min(_limits(), default=None)
+    return min(_limits())
 
 
 def _limits() -> list[int]:
-    found = []
-    with contextlib.suppress(OSError, StopIteration):  # Linux alone has these files
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        found.append(1024 * int(line.split()[1]))
+    found = [memory.available()]
     with contextlib.suppress(ImportError, OSError):
         import resource
 

@@ -19,6 +19,7 @@ import mmap
 import os
 import tempfile
 import threading
+import typing
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,11 @@ from typing import Any
 import torch
 
 from memplan.errors import MemplanError
-from memplan.ir import Plan
+from memplan.ir import Plan, Tier
 from memplan.units import human
 
 ALIGNMENT = 64  # bytes; what Inductor's vectorised kernels may count on
+TIERS: tuple[Tier, ...] = typing.get_args(Tier)
 PAGE = 2**21  # what the arena grows by, rounded up
 _ADVICE = {
     "host": "set a smaller host_budget, or free some of the host's memory",
@@ -136,9 +138,14 @@ def _file(size: int) -> mmap.mmap:
 
 def reserve(plan: Plan) -> None:
     """Take what a plan will have off the device, so that no step lacks it. Raises MemplanError when it is not there."""
-    for tier in ("host", "disk"):
+    for tier in TIERS:
         if size := plan.timeline.away(tier):
             arena(tier).reserve(size + ALIGNMENT * len(plan.timeline.host))
+
+
+def off_device(address: int) -> bool:
+    """Whether an address is in an arena."""
+    return any(a <= address < a + len(m) for tier in TIERS for m in arena(tier).mappings for a in (_address(m),))
 
 
 @functools.cache

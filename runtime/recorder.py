@@ -40,6 +40,7 @@ import torch
 from memplan.errors import MemplanError
 from memplan.ir import KINDS, Block, Kind, Moment, Timeline
 from memplan.runtime.allocator import FREED, Event, allocator_profile, events, interrupt
+from memplan.runtime.host_pool import off_device
 
 
 class Recording:
@@ -180,7 +181,8 @@ def _storage(tensor: torch.Tensor, device: torch.device) -> tuple[int, torch.Unt
     """
     try:
         storage = tensor.untyped_storage()
-        return (storage.data_ptr(), storage) if storage.device == device and storage.nbytes() else None
+        there = storage.device == device and storage.nbytes() and not off_device(storage.data_ptr())
+        return (storage.data_ptr(), storage) if there else None
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -17,17 +17,18 @@ ROOT = Path(__file__).parents[2]
 HOMES = {"memplan": "memplan", "passes": "memplan.passes", "runtime": "memplan.runtime"}  # folder -> package
 
 # Room -> the rooms of memplan that it may import. A room may always import itself.
-DATA = {"errors", "ir", "serialize", "units"}
+DATA = {"errors", "ir", "memory", "serialize", "units"}
 BELOW_API = DATA | {"machines", "options", "report", "runtime", "passes"}
 MAY_IMPORT = {
     "errors": set[str](),
     "ir": {"errors"},
     "units": {"errors"},
+    "memory": set[str](),
     "serialize": {"errors", "ir"},
     "machines": {"errors", "ir"},
     "steps": DATA,
     "report": DATA,
-    "options": {"errors", "ir", "units", "machines"},
+    "options": {"errors", "ir", "memory", "units", "machines"},
     "runtime": DATA,
     "passes": DATA | {"runtime"},
     "oom": DATA | {"report", "runtime"},
@@ -49,6 +50,7 @@ TORCH_FREE = (
     "memplan.errors",
     "memplan.ir",
     "memplan.units",
+    "memplan.memory",
     "memplan.serialize",
     "memplan.options",
     "memplan.cli",
@@ -60,6 +62,7 @@ TORCH_FREE = (
     "memplan.passes.simulate",
     "memplan.passes.check",
     "memplan.passes.schedule",
+    "memplan.passes.copies",
     "memplan.passes.blocks",
     "memplan.passes.joint",
     "memplan.passes.gaps",

@@ -22,6 +22,7 @@ from memplan.ir import (
     Loop,
     Machine,
     Moment,
+    Offload,
     Op,
     Plan,
     Polynomial,
@@ -80,23 +81,26 @@ STEP = every(
 TIMELINE = every(
     Timeline,
     origin=st.sampled_from(("predicted", "measured")),
-    moments=some(every(Moment, seconds=REAL)),
+    moments=some(every(Moment, seconds=REAL, stall=REAL)),
     blocks=some(every(Block, kind=KIND, shape=INDICES)),
     base=some(st.tuples(KIND, INTEGERS)),
     notes=some(st.text()),
+    host=some(every(Block, kind=KIND, shape=INDICES)),
 )
 MACHINE = every(
     Machine,
     device=st.sampled_from(("cpu", "cuda")),
     bandwidth=REAL,
     host_bandwidth=REAL,
+    disk_bandwidth=REAL,
     flops=some(st.tuples(st.text(), REAL)),
     workspace_rules=some(st.tuples(st.text(), REAL)),
 )
+TIER = st.sampled_from(("host", "disk"))
 PLAN = every(
     Plan,
     step=STEP,
-    decisions=some(st.tuples(INTEGERS, st.sampled_from((Keep(), Recompute())))),
+    decisions=some(st.tuples(INTEGERS, st.sampled_from((Keep(), Recompute())) | every(Offload, tier=TIER))),
     forward=some(every(Run)),
     backward=some(every(Run)),
     timeline=TIMELINE,

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memplan import memory
 from memplan.errors import MemplanError
 from memplan.ir import Budget, Machine
 from memplan.machines import machine
-from memplan.options import FRAGMENTATION_RESERVE, Options, _free_memory, parse_bytes, read_budget
+from memplan.options import FRAGMENTATION_RESERVE, Options, parse_bytes, read_budget
 from memplan.units import UNITS, human
 
 GPU = Machine("gpu", "cuda", 24 * 10**9, 1e12, (("float32", 1e13),), context_bytes=5 * 10**8)
@@ -126,7 +127,7 @@ def test_what_is_given_comes_before_the_environment(monkeypatch: pytest.MonkeyPa
 
 def test_the_host_budget() -> None:
     """Half of what is free, unless host and device share one memory or it is said; 0 is none."""
-    free = _free_memory()
+    free = memory.available()
     assert 0.4 * free < read_budget("1GB", GPU).host_bytes < 0.6 * free
     shared = dataclasses.replace(CPU, unified=True)
     assert read_budget("1GB", shared).host_bytes == 0
