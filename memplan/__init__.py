@@ -24,6 +24,7 @@ _HOME = {
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
     "record": "memplan.runtime.recorder",
+    "Lists": "memplan.passes.policies.lists",
     "from_sac": "memplan.passes.sac",
     "to_sac": "memplan.passes.sac",
     "stream": "memplan.runtime.streamed",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from memplan.ir import Timeline as Timeline
     from memplan.oom import on_oom as on_oom
     from memplan.passes.policies import policy as policy
+    from memplan.passes.policies.lists import Lists as Lists
     from memplan.passes.sac import from_sac as from_sac
     from memplan.passes.sac import to_sac as to_sac
     from memplan.report import compare as compare

@@ -62,10 +62,11 @@ def _wanted(inside: set[fx.Node], region: Region) -> dict[fx.Node, Layout]:
             layout = region.keeps.get(node) or _asked(node, user, wanted.get(user) or region.keeps[user])
             if layout is None or not any(map(has_rows, layout)):
                 continue
-            if wanted.setdefault(node, layout) != layout:
-                disputed.add(node)
-            elif node not in stack:
+            if node not in wanted:
+                wanted[node] = layout
                 stack.append(node)
+            elif wanted[node] != layout:
+                disputed.add(node)
     return {n: layout for n, layout in wanted.items() if n not in disputed}
 
 

@@ -131,6 +131,16 @@ def smallest_plan(step: Step, machine: Machine, inner: str, budget: Budget) -> P
 def does_not_fit(plan: Plan, least: Plan) -> DoesNotFit:
     """What `plan` needed, the best that can be reached (`least`), and the largest tensors alive then."""
     step, budget = plan.step, plan.budget
+    if plan.peak <= budget.available:  # then it is the host's
+        away = plan.timeline.host_peak
+        shared = ", the default where host and device share one memory" if not budget.host_bytes else ""
+        return DoesNotFit(
+            f"policy {plan.policy!r} has {human(away)} in the host's memory at a time, and host_budget is "
+            f'{human(budget.host_bytes)}{shared}: set host_budget="{away}B", or offload less',
+            budget=budget.bytes,
+            needed=budget.needed_for(plan.peak),
+            smallest=budget.needed_for(min(plan.peak, least.peak)),
+        )
     best = min(plan, least, key=lambda p: p.peak)
     needed, enough = budget.needed_for(plan.peak), budget.needed_for(best.peak)
     advice = f'set a budget of at least "{enough}B", or make the batch smaller'

@@ -153,7 +153,13 @@ def _budget(plan: Plan) -> str:
         if size
     ]
     left = f" less {' and '.join(held)}: {human(budget.available)} for the step" if held else ""
-    return f"budget {human(budget.bytes)}{left}" + (f" ({budget.note})" if budget.note else "")
+    lines = f"budget {human(budget.bytes)}{left}" + (f" ({budget.note})" if budget.note else "")
+    if plan.offloads:
+        tiers = [(tier, plan.timeline.away(tier)) for tier in ("host", "disk")]
+        away = " and ".join(f"{human(size)} on the {tier}" for tier, size in tiers if size)
+        waits = f"waits {1e3 * plan.timeline.stalled:.1f} ms for copies (estimate)"
+        lines += f"\noff the device at most {away}; host budget {human(budget.host_bytes)}; {waits}"
+    return lines
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.errors import MemplanError
+from memplan.errors import DoesNotFit, MemplanError
 from memplan.ir import Budget, Keep, Machine, Offload, Plan, Run, Step
 from memplan.passes import copies
 from memplan.passes.check import check
-from memplan.passes.pipeline import evaluate
+from memplan.passes.pipeline import evaluate, make_plan
+from memplan.passes.policies import policy
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import peak, simulate
 from tests.torch_free.conftest import SIZE, make_step
@@ -152,6 +153,21 @@ def test_what_the_caller_holds_is_not_offloaded() -> None:
     step = make_step()
     with pytest.raises(MemplanError, match="offloads 'loss', which is a result of forward"):
         evaluate(step, {"loss": Offload()}, Budget(10**9), MACHINE, "eager", "mine")  # type: ignore[dict-item]
+
+
+def test_what_the_host_has_no_room_for_is_refused() -> None:
+    def everything(step: Step, *_: object) -> dict[int, Offload]:
+        return dict.fromkeys(step.offloadable & step.read_in_backward, Offload())
+
+    says = r"'everything' has 262.1 KB in the host's memory .* host_budget is 0 B, the default"
+    with pytest.raises(DoesNotFit, match=says):
+        make_plan(make_step(), policy("everything")(everything), Budget(10**9), MACHINE, inner="eager")
+
+
+def test_the_report_says_what_is_off_the_device() -> None:
+    text = str(dataclasses.replace(VALID, budget=Budget(10**9, host_bytes=10**6)))
+    assert "off the device at most 262.1 KB on the host; host budget 1.000 MB; waits 0.3 ms for copies" in text
+    assert "\noffload" in text
 
 
 def test_a_storage_that_backward_makes_again_is_not_copied() -> None:
