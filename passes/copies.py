@@ -15,6 +15,8 @@ where it starts, which takes the least memory and the most time; None: as many a
 from __future__ import annotations
 
 import bisect
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -50,13 +52,12 @@ def placed(
     step: Step, runs: Runs, offloads: Mapping[int, Offload], machine: Machine, in_flight: int | None = None
 ) -> dict[int, Offload]:
     """The offloads with the points that are None filled in. One that backward never reads is left out."""
-    gaps = {gap.storage: gap for gap in _gaps(step, runs, offloads)}
-    order = [run.op for own in runs for run in own]
-    ends = _ends(step, order, machine)
     at = _places(step, runs, "forward")
-    starts = {t: at[gap.unit].get(offloads[t].start_after, gap.made) for t, gap in gaps.items()}
-    out = _out(step, gaps, offloads, starts, order, ends, machine, in_flight)
-    return _back(step, gaps, out, order, ends, machine, in_flight)
+    gaps = _gaps(step, runs, offloads)
+    starts = {gap.storage: at[gap.unit].get(offloads[gap.storage].start_after, gap.made) for gap in gaps}
+    placer = _Placer(step, [run.op for own in runs for run in own], machine, in_flight)
+    out = placer.out(gaps, offloads, starts)
+    return placer.back(gaps, out)
 
 
 def moments(step: Step, runs: Runs, offloads: Mapping[int, Offload]) -> list[Copy]:
@@ -110,65 +111,46 @@ def _gaps(step: Step, runs: Runs, offloads: Mapping[int, Offload]) -> list[_Gap]
     return sorted(out, key=lambda gap: gap.made)
 
 
-def _ends(step: Step, order: Sequence[int], machine: Machine) -> list[float]:
-    """When each moment ends if nothing waits."""
-    clock, ends = 0.0, []
-    for i in order:
-        clock += machine.seconds(step.ops[i])
-        ends.append(clock)
-    return ends
+class _Placer:
+    """Chooses points by when each op ends if nothing waits: `ends`, for the ops in `order`."""
 
+    def __init__(self, step: Step, order: Sequence[int], machine: Machine, in_flight: int | None) -> None:
+        self.step, self.order, self.machine, self.in_flight = step, order, machine, in_flight
+        self.ends = list(itertools.accumulate(machine.seconds(step.ops[i]) for i in order))
 
-def _out(
-    step: Step,
-    gaps: Mapping[int, _Gap],
-    offloads: Mapping[int, Offload],
-    starts: Mapping[int, int],
-    order: Sequence[int],
-    ends: Sequence[float],
-    machine: Machine,
-    in_flight: int | None,
-) -> dict[int, Offload]:
-    """Each copy starts when its storage is made, and is released when it is done, as far as the machine can tell."""
-    free, out = 0.0, dict[int, Offload]()
-    queue = sorted(gaps.values(), key=lambda gap: starts[gap.storage])
-    for k, gap in enumerate(queue):
-        t, start = gap.storage, starts[gap.storage]
-        given = offloads[t]
-        free = max(free, ends[start]) + machine.copy_seconds(step.tensors[t].bytes, given.tier)
-        release = bisect.bisect_left(ends, free)
-        if in_flight is not None and k + in_flight < len(queue):
-            release = min(release, starts[queue[k + in_flight].storage])
-        release = min(max(release, gap.last_forward, start), gap.end_forward)
-        out[t] = replace(
-            given,
-            start_after=order[start] if given.start_after is None else given.start_after,
-            release_at=order[release] if given.release_at is None else given.release_at,
-        )
-    return out
+    def out(
+        self, gaps: Sequence[_Gap], offloads: Mapping[int, Offload], starts: Mapping[int, int]
+    ) -> dict[int, Offload]:
+        """A copy that has started is released when it is done, as far as the machine can tell."""
+        free, placed = 0.0, dict[int, Offload]()
+        queue = sorted(gaps, key=lambda gap: starts[gap.storage])
+        for k, gap in enumerate(queue):
+            start, given = starts[gap.storage], offloads[gap.storage]
+            free = max(free, self.ends[start]) + self._seconds(gap, given)
+            release = bisect.bisect_left(self.ends, free)
+            if self.in_flight is not None and k + self.in_flight < len(queue):
+                release = min(release, starts[queue[k + self.in_flight].storage])
+            release = min(max(release, gap.last_forward, start), gap.end_forward)
+            start_after = self.order[start] if given.start_after is None else given.start_after
+            release_at = self.order[release] if given.release_at is None else given.release_at
+            placed[gap.storage] = replace(given, start_after=start_after, release_at=release_at)
+        return placed
 
+    def back(self, gaps: Sequence[_Gap], offloads: Mapping[int, Offload]) -> dict[int, Offload]:
+        """A copy back starts as late as it can and still be there in time, and so can those after it."""
+        placed, deadline = dict(offloads), math.inf
+        queue = sorted(gaps, key=lambda gap: -gap.first_backward)
+        for k, gap in enumerate(queue):
+            given = placed[gap.storage]
+            before = self.ends[gap.first_backward - 1]
+            deadline = min(deadline, before) - self._seconds(gap, given)
+            reload = bisect.bisect_right(self.ends, deadline)  # under way then: memory is there before it starts
+            if self.in_flight is not None and k + self.in_flight < len(queue):
+                reload = max(reload, queue[k + self.in_flight].first_backward)
+            reload = min(max(reload, gap.start_backward), gap.first_backward)
+            if given.reload_at is None:
+                placed[gap.storage] = replace(given, reload_at=self.order[reload])
+        return placed
 
-def _back(
-    step: Step,
-    gaps: Mapping[int, _Gap],
-    offloads: Mapping[int, Offload],
-    order: Sequence[int],
-    ends: Sequence[float],
-    machine: Machine,
-    in_flight: int | None,
-) -> dict[int, Offload]:
-    """Each copy back starts as late as it can and still be there in time, and so can those after it."""
-    out = dict(offloads)
-    late = sorted(gaps.values(), key=lambda gap: -gap.first_backward)
-    deadline = float("inf")
-    for k, gap in enumerate(late):
-        t = gap.storage
-        before = ends[gap.first_backward - 1] if gap.first_backward else 0.0
-        deadline = min(deadline, before) - machine.copy_seconds(step.tensors[t].bytes, out[t].tier)
-        reload = bisect.bisect_right(ends, deadline)  # the moment under way then: memory is there before it starts
-        if in_flight is not None:
-            reload = max(reload, late[k + in_flight].first_backward if k + in_flight < len(late) else 0)
-        reload = min(max(reload, gap.start_backward), gap.first_backward)
-        if out[t].reload_at is None:
-            out[t] = replace(out[t], reload_at=order[reload])
-    return out
+    def _seconds(self, gap: _Gap, given: Offload) -> float:
+        return self.machine.copy_seconds(self.step.tensors[gap.storage].bytes, given.tier)
