@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -176,8 +177,8 @@ def _host_bytes(given: str | int | float | None, machine: Machine) -> int:
 
 def _host_amount(given: object) -> int | float:
     """As of a budget, but that it may be nothing."""
-    nothing = isinstance(given, (int, str)) and str(given).strip().upper() in ("0", "0B", "0GB")
-    return 0 if nothing else _amount(given, "host_budget")
+    nothing = isinstance(given, (int, float, str)) and re.fullmatch(r"0+(\.0*)?\s*([A-Za-z]*B|%)?", str(given).strip())
+    return 0 if nothing and not isinstance(given, bool) else _amount(given, "host_budget")
 
 
 def _amount(value: object, name: str = "budget") -> int | float:

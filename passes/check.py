@@ -104,7 +104,9 @@ def _starts(step: Step, graph: Graph, runs: tuple[Run, ...], away: Mapping[int, 
         points = [at.get(d.start_after, -1), at.get(d.release_at, -1)]
         if points[0] < made:
             broken.append(f"{_name(step, t)}: its copy starts where it is not there, in {graph.name}")
-        if points[1] < points[0]:
+        if points[1] < 0:
+            broken.append(f"{_name(step, t)}: freed where no op of {graph.name} runs")
+        elif points[1] < points[0]:
             broken.append(f"{_name(step, t)}: freed before its copy starts, in {graph.name}")
     return broken
 

@@ -3,8 +3,8 @@
 Before: forward returns a saved storage x, backward takes it. After: forward returns what is off the device in its
 place, and backward copies it back. The handle that crosses is a tensor: when autograd drops it, its place is free.
 
-    forward    x = ..;  h = to_host(x)  ..  landed(h, x)  ..  -> out, h
-    backward   (h)  ..  y = to_device(h)  ..  landed(y, h);  first use of y
+    forward    x = ..;  t = to_host(x)  ..  h = off(t, x)  ..  -> out, h
+    backward   (h)  ..  t = to_device(h)  ..  y = back(t, h);  first use of y
 
 A view of x that backward reads is replayed on y, as any saved view is.
 """
@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import is_sym_node
 
 from memplan.ir import Plan
 from memplan.passes.calls import Sizes
-from memplan.runtime.offloaded import LANDED, TO_DEVICE, TO_HOST
+from memplan.runtime.offloaded import BACK, OFF, TO_DEVICE, TO_HOST
 
 
 def offload(forward: fx.Graph, backward: fx.Graph, plan: Plan) -> None:
@@ -29,15 +29,15 @@ def offload(forward: fx.Graph, backward: fx.Graph, plan: Plan) -> None:
     ahead, behind = ({n.name: n for n in g.nodes} for g in (forward, backward))
     moved = {plan.step.tensors[t].name: d for t, d in plan.offloads.items()}
     ops = plan.step.ops
-    handles = dict[str, fx.Node]()
+    tickets, handles = dict[str, fx.Node](), dict[str, fx.Node]()
     for name, d in moved.items():
         x, after = ahead[name], ahead[ops[named(d.start_after)].name]
         with forward.inserting_after(_end(max(x, after))):
-            handles[name] = start(forward, x, d.tier)
+            tickets[name] = start(forward, x, d.tier)
     for name, d in moved.items():
-        handle, at = handles[name], ahead[ops[named(d.release_at)].name]
-        with forward.inserting_after(_end(max(handle, at))):
-            release(forward, ahead[name], handle)
+        at = ahead[ops[named(d.release_at)].name]
+        with forward.inserting_after(_end(max(tickets[name], at))):
+            handles[name] = release(forward, ahead[name], tickets[name])
     output = forward.output_node()
     output.args = (tuple(handles.get(getattr(n, "name", ""), n) for n in output.args[0]),)  # type: ignore[union-attr]
     for name, d in moved.items():
@@ -45,26 +45,26 @@ def offload(forward: fx.Graph, backward: fx.Graph, plan: Plan) -> None:
 
 
 def start(graph: fx.Graph, x: fx.Node, tier: str) -> fx.Node:
-    """Start the copy of `x`, where the graph is being written; the handle."""
+    """Start the copy of `x`, where the graph is being written; the ticket."""
     known = Sizes()
     strides = [known.of(s) for s in x.meta["val"].stride()]
-    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))  # of the dimensions in memory, outermost first
     return call(graph, TO_HOST, x, tier, order)
 
 
-def release(graph: fx.Graph, x: fx.Node, handle: fx.Node) -> None:
-    """Wait for the copy of `x`, and let go of it."""
-    call(graph, LANDED, handle, x, "out")
+def release(graph: fx.Graph, x: fx.Node, ticket: fx.Node) -> fx.Node:
+    """Wait for the copy of `x`, and let go of it; the handle."""
+    return call(graph, OFF, ticket, x, *ticket.args[1:])
 
 
-def reload(graph: fx.Graph, handle: fx.Node, device: torch.device) -> fx.Node:
-    """Start the copy back."""
-    return call(graph, TO_DEVICE, handle, device)
+def reload(graph: fx.Graph, handle: fx.Node, like: torch.Tensor) -> fx.Node:
+    """Start the copy back of what was like `like`; the ticket."""
+    return call(graph, TO_DEVICE, handle, like.device, like.dim())
 
 
-def arrive(graph: fx.Graph, made: fx.Node, handle: fx.Node) -> None:
+def arrive(graph: fx.Graph, ticket: fx.Node, handle: fx.Node) -> fx.Node:
     """Wait for the copy back."""
-    call(graph, LANDED, made, handle, "back")
+    return call(graph, BACK, ticket, handle, *ticket.args[1:])
 
 
 def named(point: int | None) -> int:
@@ -75,13 +75,13 @@ def named(point: int | None) -> int:
 
 def _reload(graph: fx.Graph, saved: fx.Node, handle: fx.Node, before: fx.Node) -> None:
     """`saved` is a placeholder: from now on for the handle."""
-    device, saved.meta["val"] = saved.meta["val"].device, handle.meta["val"]
+    like, saved.meta["val"] = saved.meta["val"], handle.meta["val"]
     users = set(saved.users)
     first = next(n for n in graph.nodes if n in users)
     with graph.inserting_before(min(before, first)):
-        made = reload(graph, saved, device)
+        ticket = reload(graph, saved, like)
     with graph.inserting_before(first):
-        arrive(graph, made, saved)
+        made = arrive(graph, ticket, saved)
     for user in users:
         user.replace_input_with(saved, made)
 

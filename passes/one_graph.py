@@ -51,6 +51,7 @@ class _Rewriter:
         self.again = {run.op for runs in plan.runs for run in runs if run.again}
         self.stays = plan.saved | plan.step.given | plan.step.late
         self.copies = [(c, self.by_name[plan.step.tensors[c.storage].name]) for c in self._moments()]
+        self.tickets: Made = {}  # copies under way
         self.handles: Made = {}  # what is off the device
         self.moment = 0
         self.parts = list[list[fx.Node]]()
@@ -85,19 +86,19 @@ class _Rewriter:
         """What comes back, and what has to be back."""
         for copy, x in self.copies:
             if copy.reload == self.moment:
-                self.made[x] = self.there[x] = reload(self.graph, self.handles[x], x.meta["val"].device)
+                self.tickets[x] = reload(self.graph, self.handles[x], x.meta["val"])
         for copy, x in self.copies:
             if copy.first_use == self.moment:
-                arrive(self.graph, self.made[x], self.handles[x])
+                self.made[x] = self.there[x] = arrive(self.graph, self.tickets[x], self.handles[x])
 
     def _after(self) -> None:
         """What leaves, and what has to have left."""
         for copy, x in self.copies:
             if copy.start == self.moment:
-                self.handles[x] = start(self.graph, self.made[x], self.plan.offloads[copy.storage].tier)
+                self.tickets[x] = start(self.graph, self.made[x], self.plan.offloads[copy.storage].tier)
         for copy, x in self.copies:
             if copy.release == self.moment:
-                release(self.graph, self.made[x], self.handles[x])
+                self.handles[x] = release(self.graph, self.made[x], self.tickets[x])
 
     def _run(self, node: fx.Node, run: Run) -> None:
         for needed in node.all_input_nodes:

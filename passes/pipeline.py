@@ -6,11 +6,12 @@ why not. Whatever a policy returns is validated here, so policies stay small.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import replace
 
 from memplan.errors import DoesNotFit, MemplanError, did_you_mean
-from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Offload, Plan, Recompute, Step
+from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Offload, Plan, Recompute, Step, Tier, Timeline
 from memplan.passes import copies, policies
 from memplan.passes.check import check
 from memplan.passes.policies.greedy import Greedy, least_beside_others
@@ -65,9 +66,9 @@ def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine,
     final |= {t: Recompute() for t in again & step.saveable - saved}
     plan = Plan(
         step=step,
-        decisions=tuple(sorted(final.items())),
+        decisions=tuple((t, final[t]) for t in sorted(final)),
         runs=runs,
-        timeline=simulate(step, runs, saved, machine, offloads),
+        timeline=Timeline(step.name, "predicted", (), ()),
         budget=budget,
         machine=machine,
         policy=policy,
@@ -78,7 +79,7 @@ def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine,
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise MemplanError(f"policy {policy!r} made no valid plan: {broken[0]}{more}\n" + "\n".join(broken[1:]))
-    return plan
+    return replace(plan, timeline=simulate(step, runs, saved, machine, offloads))
 
 
 def _ask(policy: policies.Policy, step: Step, budget: Budget, machine: Machine) -> Decisions:
@@ -112,6 +113,10 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
             raise MemplanError(
                 f"policy {policy!r} decides on {step.tensors[storage].name!r}, which cannot cross from forward to "
                 "backward: decide on storages in step.saveable"
+            )
+        if isinstance(decision, Offload) and decision.tier not in typing.get_args(Tier):
+            raise MemplanError(
+                f"policy {policy!r} offloads to tier {decision.tier!r}: there are {' and '.join(typing.get_args(Tier))}"
             )
         if isinstance(decision, Offload) and storage not in step.offloadable:
             raise MemplanError(

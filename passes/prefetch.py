@@ -1,4 +1,4 @@
-"""memplan::fetch -> memplan::bring and landed: each copy of a streamed parameter starts when the one before it is done.
+"""memplan::fetch -> bring and brought: each copy of a streamed parameter starts when the one before it is done.
 
 Before: a planned graph that fetches parameters where it uses them, and waits for each. After: the first copy starts
 when the graph does, each other one after the fetch before it, and the device waits where the fetch was. lifetimes.py
@@ -10,8 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from memplan.passes.offload import call
-from memplan.runtime.offloaded import LANDED
-from memplan.runtime.streamed import BRING, FETCH
+from memplan.runtime.streamed import BRING, BROUGHT, FETCH
 
 
 def prefetch(graph: fx.Graph) -> None:
@@ -25,10 +24,10 @@ def spread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     for node in [n for n in nodes if n.target is FETCH]:
         assert before is not None
         with graph.inserting_before(before):
-            made = call(graph, BRING, *node.args[:2])
+            ticket = call(graph, BRING, *node.args[:2])
         with graph.inserting_before(node):
-            call(graph, LANDED, made, node.args[0], "back")
-        for new in (made, made.next):
+            made = call(graph, BROUGHT, ticket, *ticket.args)
+        for new in (ticket, made):
             new.meta |= {k: v for k, v in node.meta.items() if k not in new.meta}
         before = node.next
         node.replace_all_uses_with(made)

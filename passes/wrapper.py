@@ -21,8 +21,8 @@ import torch.utils._pytree as pytree
 from torch._subclasses import FakeTensorMode
 
 from memplan.passes.calls import Call
-from memplan.runtime.offloaded import LANDED, TO_DEVICE, TO_HOST
-from memplan.runtime.streamed import BRING
+from memplan.runtime.offloaded import BACK, OFF, TO_DEVICE, TO_HOST
+from memplan.runtime.streamed import BRING, BROUGHT
 
 
 @dataclass
@@ -157,8 +157,32 @@ class _ExternKernels:
         return call
 
 
+COPIES = {TO_HOST: OFF, TO_DEVICE: BACK, BRING: BROUGHT}  # what starts one -> what takes its result for the ticket
+
+
+def _copy(tape: Tape, function: Any, args: Any) -> Ghost:
+    """A ticket has the memory that is copied to, and hands it over."""
+    if function in COPIES.values():
+        value = _fake(tape, function, args)
+        return Ghost(value, args[0].buffer, tape)
+    ticket = _fake(tape, function, args)
+    size = _fake(tape, COPIES[function], (ticket, *args)).untyped_storage().nbytes()
+    buffer = _Buffer(tape, size, str(function))
+    if function is TO_HOST:
+        tape.away[buffer.id] = args[1]
+    return Ghost(ticket, buffer, tape)
+
+
+def _fake(tape: Tape, function: Any, args: Any) -> torch.Tensor:
+    with tape.mode:
+        made: torch.Tensor = function(*pytree.tree_map_only(Ghost, lambda g: g.value, args))
+    return made
+
+
 def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[Ghost]) -> Any:
     """Run an op on the fake values; each new storage among its results is a new buffer."""
+    if function in COPIES or function in COPIES.values():
+        return _copy(tape, function, args)
     args, kwargs = pytree.tree_map_only(Ghost, lambda g: g.value, (args, kwargs))
     with tape.mode:
         result = function(*args, **kwargs)
@@ -167,13 +191,10 @@ def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[
     def wrap(value: torch.Tensor) -> Ghost:
         storage = value.untyped_storage()
         if storage._cdata not in known:
-            known[storage._cdata] = buffer = _Buffer(tape, storage.nbytes(), str(function))
-            if function is TO_HOST:
-                tape.away[buffer.id] = args[1]
+            known[storage._cdata] = _Buffer(tape, storage.nbytes(), str(function))
         return Ghost(value, known[storage._cdata], tape)
 
     wrapped = pytree.tree_map_only(torch.Tensor, wrap, result)
-    copies = function in (TO_HOST, TO_DEVICE, LANDED, BRING)
-    if isinstance(function, torch._ops.OpOverload) and not copies:  # its workspace is alive beside its results
+    if isinstance(function, torch._ops.OpOverload):  # its workspace is alive beside its results
         tape.calls.append((tape.tick(), Call(function, args, kwargs, result)))
     return wrapped

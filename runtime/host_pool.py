@@ -150,5 +150,8 @@ def off_device(address: int) -> bool:
 
 @functools.cache
 def arena(tier: str) -> Arena:
-    """The process's arena of a tier."""
+    """The process's arena of a tier; a forked process has one of its own, because files are shared with its parent."""
     return Arena(tier, pinned=tier == "host" and torch.cuda.is_available())
+
+
+os.register_at_fork(after_in_child=arena.cache_clear)

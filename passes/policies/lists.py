@@ -28,6 +28,11 @@ class Lists:
     offload: tuple[str, ...] = ()
     name: str = "lists"
 
+    def __post_init__(self) -> None:
+        for patterns in (self.save, self.offload):
+            if isinstance(patterns, str):
+                raise MemplanError(f"Lists was given {patterns!r} for a tuple of patterns: write ({patterns!r},)")
+
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         kept, moved = self._named(step, self.save), self._named(step, self.offload)
         decided = keep_only(step, kept | moved)

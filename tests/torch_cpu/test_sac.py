@@ -57,6 +57,11 @@ def test_what_it_offloads_is_offloaded(made) -> None:
     assert made[-1].offloads == made[0].offloads
 
 
+def test_a_list_is_a_tuple() -> None:
+    with pytest.raises(memplan.MemplanError, match=r"write \('aten.mm\*',\)"):
+        Lists(save="aten.mm*")
+
+
 def test_a_list_that_names_nothing(made) -> None:
     module, x = chain(), torch.randn(64, 256)
     _, planned = compiled(module, policy=Lists(save=("aten.convolution*",)))

@@ -1,5 +1,6 @@
 """Frozen parameters off the device: the same bits anywhere, far less memory in a planned step, and a way back."""
 
+import copy
 import gc
 
 import pytest
@@ -151,6 +152,47 @@ def test_there_and_back_uncompiled() -> None:
     assert list(model.state_dict()) == names
     assert all(torch.equal(a, b) for a, b in zip(gradients(step_of(model), model, TOKENS), expected, strict=True))
     assert arena("host").used == before
+
+
+def test_copies_of_a_module_go_their_own_ways() -> None:
+    one = nn.Linear(8, 8).requires_grad_(False)
+    memplan.stream(one)
+    other, x = copy.deepcopy(one), torch.randn(2, 8)
+    expected = one(x)
+    memplan.unstream(other)
+    assert torch.equal(one(x), expected) and torch.equal(other(x), expected)
+    memplan.unstream(one)
+    assert torch.equal(one(x), expected)
+
+
+@pytest.mark.parametrize("weight", [torch.randn(64, 512)[:, :256], torch.randn(1, 256).expand(64, 256)])
+def test_weights_that_came_from_elsewhere(weight: torch.Tensor) -> None:
+    """Sharded or expanded: a parameter is whatever load_state_dict(assign=True) has made it."""
+    layer = memplan.stream(nn.Linear(256, 64, bias=False).requires_grad_(False))
+    layer.load_state_dict({"parametrizations.weight.original": weight}, assign=True)
+    assert torch.equal(layer.weight, weight)
+    x = torch.randn(2, 256, requires_grad=True)
+    for inner in ("eager", "inductor"):
+        planned = torch.compile(lambda x: layer(x).sum(), backend=memplan_backend, options={"inner": inner})
+        (gradient,) = torch.autograd.grad(planned(x), x)
+        torch.testing.assert_close(gradient, weight.sum(0).expand(2, 256))
+        torch._dynamo.reset()
+
+
+def test_layouts_come_back() -> None:
+    layer = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last).requires_grad_(False)
+    strides = layer.weight.stride()
+    assert memplan.unstream(memplan.stream(layer)).weight.stride() == strides
+
+
+def test_a_streamed_parameter_is_not_trained() -> None:
+    layer = memplan.stream(nn.Linear(4, 4).requires_grad_(False))
+    layer.requires_grad_(True)
+    with pytest.raises(MemplanError, match=r"a streamed parameter \[4, 4\] requires a gradient: memplan.unstream"):
+        layer(torch.randn(2, 4))
+    assert memplan.unstream(layer).weight.requires_grad
+    with pytest.raises(MemplanError, match="cannot stream a Tensor"):
+        memplan.stream(torch.ones(2))
 
 
 def test_what_is_trained_or_looked_up_stays() -> None:

@@ -1,6 +1,7 @@
 """Offloaded storages: bytes follow from the points alone, points from the bandwidth, time from two copy engines."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -147,6 +148,23 @@ def test_a_corrupt_plan_is_found(says: str) -> None:
     decisions = dict(VALID.decisions)
     decisions[storage] = dataclasses.replace(VALID.offloads.get(storage, Offload()), **changes)
     assert says in check(dataclasses.replace(VALID, decisions=tuple(decisions.items())))
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        ({"start_after": 10**6}, "its copy starts where it is not there, in forward"),
+        ({"start_after": -1}, "its copy starts where it is not there, in forward"),
+        ({"start_after": 9}, "its copy starts where it is not there, in forward"),  # of backward
+        ({"release_at": 10**6}, "freed where no op of forward runs"),
+        ({"reload_at": 0}, "reads tanh_1 in backward, which is not there"),
+        ({"reload_at": 10**6}, "reads tanh_1 in backward, which is not there"),
+        ({"tier": "tape"}, "offloads to tier 'tape': there are host and disk"),
+    ],
+)
+def test_wrong_points_are_named(points: dict[str, Any], says: str) -> None:
+    with pytest.raises(MemplanError, match=says):
+        evaluate(make_step(), {TANH: Offload(**points)}, Budget(10**9), MACHINE, "eager", "mine")
 
 
 def test_what_the_caller_holds_is_not_offloaded() -> None:

@@ -132,7 +132,9 @@ def test_the_host_budget() -> None:
     shared = dataclasses.replace(CPU, unified=True)
     assert read_budget("1GB", shared).host_bytes == 0
     assert read_budget("1GB", shared, host="2GB").host_bytes == 2 * 10**9
-    assert read_budget("1GB", GPU, host=0).host_bytes == read_budget("1GB", GPU, host="0B").host_bytes == 0
+    for nothing in (0, 0.0, "0", "0B", "0 GB", "0.0MB", "0%"):
+        assert Options.read({"host_budget": nothing}, {}).host_budget == nothing
+        assert read_budget("1GB", GPU, host=nothing).host_bytes == 0
     assert 0.2 * free < read_budget("1GB", shared, host="25%").host_bytes < 0.3 * free
     assert read_budget("1GB", GPU, host=10**9).available == read_budget("1GB", GPU, host=0).available
 
