@@ -2,8 +2,8 @@
 
 In: a Step, the Runs of its graphs, the storages that cross and the Offloads among them, placed. Out: who is alive when.
 Bytes depend on no clock, so they are the same on every machine; seconds are the roofline's, and two copy engines' that
-run beside it, one for each direction, each copy after the other: what waits for them stalls. `peak` is the same
-arithmetic without the names, for policies that ask often.
+run beside it, one for each direction, each copy after the other: what waits for them stalls, and each takes its share
+of the device's memory bandwidth. `peak` is the same arithmetic without the names, for policies that ask often.
 """
 
 import itertools
@@ -41,10 +41,11 @@ def simulate(
     return followed(made, step.held)
 
 
-def stalled(step: Step, runs: Sequence[Sequence[Run]], offloads: Mapping[int, Offload], machine: Machine) -> float:
-    """Estimated time that the device waits for copies."""
+def copying(step: Step, runs: Sequence[Sequence[Run]], offloads: Mapping[int, Offload], machine: Machine) -> float:
+    """Estimated time that copies add to the runs: what waits for them, and their share of the device's memory."""
     moved = copies.moments(step, runs, offloads)
-    return sum(m.stall for m in _moments(step, runs, moved, offloads, machine))
+    waits = sum(m.stall for m in _moments(step, runs, moved, offloads, machine))
+    return waits + 2 * sum(step.tensors[c.storage].bytes for c in moved) / machine.bandwidth
 
 
 def _moments(
@@ -64,9 +65,11 @@ def _moments(
     late = 0.0  # what is waited for before the next run
 
     def copy(c: copies.Copy, what: str, now: float) -> None:
-        d = offloads[c.storage]
-        free[what] = max(free[what], now) + machine.copy_seconds(step.tensors[c.storage].bytes, d.tier)
+        nonlocal clock
+        size = step.tensors[c.storage].bytes
+        free[what] = max(free[what], now) + machine.copy_seconds(size, offloads[c.storage].tier)
         done[c.storage, what] = free[what]
+        clock += size / machine.bandwidth
 
     for graph, own in zip(step.graphs, runs, strict=True):
         begun = clock  # when the next fetch of this graph may start

@@ -5,8 +5,8 @@ price per byte, the set that is cheapest in saved bytes and recomputation togeth
 grows, ever more is recomputed, block by block. Paths are made with every block boundary saved and with every
 second, third, ... only; the other built-in policies' sets are points too. Where the host has room, some of these are
 points again with part of what they save off the device: what the bus can take in time, or what frees the most.
-The path is sorted by the time of recomputation and of waiting for copies, and does not depend on the budget. So the
-first point that fits is its fastest, and peaks and overheads are monotone in the budget by construction.
+The path is sorted by the time of recomputation and of copies, and does not depend on the budget. So the first point
+that fits is its fastest, and peaks and overheads are monotone in the budget by construction.
 When nothing on the path fits, its point of least peak is returned and the pipeline says what is short.
 """
 
@@ -21,7 +21,7 @@ from memplan.passes.policies.block_checkpoint import SqrtN, keep_only
 from memplan.passes.policies.min_cut import cuts
 from memplan.passes.policies.offload import SMALL, away, decided, in_time, oldest_first
 from memplan.passes.schedule import closure, moved_ahead, needs_tangents, saved_by, schedule
-from memplan.passes.simulate import NONE, peak, stalled
+from memplan.passes.simulate import NONE, copying, peak
 
 STRIDES = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks per segment; beyond: no boundary at all
 MOVED = 24  # points, evenly spread over the bytes that cross, that are tried with some of these off the device
@@ -30,7 +30,7 @@ SHARES, IN_FLIGHT = (0.5, 1.0), (0, 1)  # or so much leaves, the device waiting 
 
 
 class Point(NamedTuple):
-    """`saved` cross, `offloads` of them off the device; `seconds` of recomputation and waiting follow; `crossing` bytes
+    """`saved` cross, `offloads` of them off the device; `seconds` of recomputation and copies follow; `crossing` bytes
     are on the device when forward ends.
     """
 
@@ -93,7 +93,7 @@ def moved(step: Step, points: Sequence[Point], budget: Budget, machine: Machine,
         for wanted, in_flight in ways if total else ():
             off = away(step, point.saved, wanted, budget, machine, in_flight=in_flight, small=small)
             left = point.crossing - sum(step.tensors[t].bytes for t in off)
-            yield Point(point.seconds + stalled(step, runs, off, machine), left, point.saved, off)
+            yield Point(point.seconds + copying(step, runs, off, machine), left, point.saved, off)
 
 
 def _first(step: Step, storages: Sequence[int], size: int) -> list[int]:
