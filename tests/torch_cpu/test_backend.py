@@ -88,7 +88,7 @@ def raises(step):
         (lambda step: {-1: Recompute()}, "-1"),
         (lambda step: [Keep()], "a list; it must return a mapping"),
         (lambda step: None, "a NoneType; it must return a mapping"),
-        (lambda step: {"tanh": "keep"}, r"it must be Keep\(\), Recompute\(\) or Offload"),
+        (lambda step: {"tanh": "keep"}, "it must be Keep(), Recompute() or Offload()"),
         (lambda step: {step.resident[0]: Recompute()}, "cannot cross"),
         (lambda step: {step.backward.inputs[0]: Keep()}, "cannot cross"),
         (lambda step: {step.backward.outputs[0]: Keep()}, "cannot cross"),
