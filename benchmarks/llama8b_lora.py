@@ -20,17 +20,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for benchmarks, which are not installed
 
 import memplan
+from benchmarks.llama8b_step import make_batch, make_model
 from benchmarks.machine import save
 from memplan.grpo import GRPOConfig
 from memplan.grpo import make_step as grpo_step
 
-ROWS, TOKENS, RANK, SLICE = 8, 20480, 16, 4096
+RANK, SLICE = 16, 4096
 HOST = "400GB"
 
 
@@ -51,19 +52,8 @@ def adapted(layers: int) -> LlamaForCausalLM:
     """The model on meta, in bfloat16, with adapters on all projections of its layers."""
     AttentionInterface.register("causal", sdpa_attention_forward)
     AttentionMaskInterface.register("causal", lambda *_, **__: None)
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        use_cache=False,
-        attn_implementation="causal",
-    )
+    model = make_model(layers, attn_implementation="causal").requires_grad_(False)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
         for owner in list(model.model.layers.modules()):
             for name, child in list(owner.named_children()):
                 if isinstance(child, nn.Linear):
@@ -76,14 +66,7 @@ def resident(layers: int = 32, *, stream: bool = False) -> tuple[Callable[[Any],
     model = adapted(layers)
     if stream:
         memplan.stream(model)
-    with torch.device("meta"):
-        batch = {
-            "input_ids": torch.empty(ROWS, TOKENS, dtype=torch.int64),
-            "completion_mask": torch.empty(ROWS, TOKENS - 1),
-            "advantages": torch.empty(ROWS),
-            "old_logprobs": torch.empty(ROWS, TOKENS - 1),
-        }
-    return grpo_step(model, GRPOConfig()), batch
+    return grpo_step(model, GRPOConfig()), make_batch()
 
 
 def streamed() -> tuple[Callable[[Any], torch.Tensor], Any]:
