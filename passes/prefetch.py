@@ -14,15 +14,15 @@ from memplan.runtime.streamed import BRING, BROUGHT, FETCH
 
 
 def prefetch(graph: fx.Graph) -> None:
-    """Rewrite the fetches of one graph, or of one part of a graph: a list of its nodes."""
+    """Rewrite the fetches of a graph."""
     spread(graph, [n for n in graph.nodes if n.op not in ("placeholder", "get_attr")])
 
 
 def spread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Rewrite the fetches among consecutive nodes."""
-    before = nodes[0] if nodes else None  # where the next copy may start
-    for node in [n for n in nodes if n.target is FETCH]:
-        assert before is not None
+    fetches = [n for n in nodes if n.target is FETCH]
+    before = nodes[0] if fetches else None  # where the next copy may start
+    for node in fetches:
         with graph.inserting_before(before):
             ticket = call(graph, BRING, *node.args[:2])
         with graph.inserting_before(node):

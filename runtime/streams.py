@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -155,9 +155,9 @@ class StreamEngine:
 @functools.cache
 def engine(device: torch.device, direction: str) -> Engine:
     """The process's engine of a device for copies "out" or "back"."""
-    made: Any = StreamEngine(device) if device.type == "cuda" else ThreadEngine()
-    engine_of: Engine = made
-    return engine_of
+    if device.type == "cuda":
+        return StreamEngine(device)
+    return ThreadEngine()
 
 
 os.register_at_fork(after_in_child=engine.cache_clear)

@@ -77,8 +77,8 @@ class OffloadAll:
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         saved = step.read_in_backward
         order = oldest_first(step, saved)
-        how = {"tier": self.tier, "in_flight": self.in_flight, "small": self.small}
-        return decided(saved, saved, away(step, saved, order, budget, machine, **how))  # type: ignore[arg-type]
+        moved = away(step, saved, order, budget, machine, tier=self.tier, in_flight=self.in_flight, small=self.small)
+        return decided(saved, saved, moved)
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,10 @@ def test_a_forked_process_copies_too() -> None:
     x = torch.randn(64)
     for tier in ("host", "disk"):
         OFF(TO_HOST(x, tier, [0]), x, tier, [0])
+    parents = {tier: arena(tier) for tier in ("host", "disk")}
     if (child := os.fork()) == 0:
-        good = all(torch.equal(OFF(TO_HOST(x, t, [0]), x, t, [0]).view(-1), x) for t in ("host", "disk"))
-        os._exit(0 if good and arena("disk").mappings else 1)
+        good = all(torch.equal(OFF(TO_HOST(x, t, [0]), x, t, [0]).view(-1), x) for t in parents)
+        os._exit(0 if good and all(arena(t) is not parents[t] and arena(t).mappings for t in parents) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -275,9 +276,9 @@ class Patches(nn.Module):
     ],
     ids=("dropout and norms", "patches"),
 )
-def test_generated_code_waits_for_copies(make, shape, monkeypatch) -> None:
+def test_generated_code_waits_for_copies(make, shape, made, monkeypatch) -> None:
     """With a bus so slow that whatever reads too early reads something else. (Inductor loses an order of kernels that
-    is not one of data: here it is.)
+    is not one of data: here it is.) And what crosses is in the arena, not a copy of it that some layout asked for.
     """
     move = streams._move
     monkeypatch.setattr(streams, "_move", lambda *pair: (time.sleep(0.003), move(*pair)))
@@ -290,6 +291,10 @@ def test_generated_code_waits_for_copies(make, shape, monkeypatch) -> None:
         found.append(bits(step, module, x))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    loss = step(x)
+    assert arena("host").used >= sum(made[-1].step.tensors[t].bytes for t in made[-1].offloads) > 0
+    del loss
+    assert arena("host").used == 0
 
 
 def test_storages_without_bytes_leave_too(made) -> None:

@@ -119,6 +119,16 @@ def test_the_chain_by_hand() -> None:
     assert fast.timeline.host_peak == 4 * SIZE
 
 
+def test_copies_back_start_ahead_of_their_use() -> None:
+    """Where a copy takes less than an op of backward, all do but the first, which is read at once; nobody waits."""
+    step = make_step()
+    bus = dataclasses.replace(MACHINE, host_bandwidth=MACHINE.bandwidth / 2)
+    plan = offloaded(step, bus)
+    found = sorted(copies.moments(step, plan.runs, plan.offloads), key=lambda copy: copy.first_use)
+    assert [copy.reload < copy.first_use for copy in found] == [False, True, True, True]
+    assert plan.timeline.stalled < 1e-12 < offloaded(step, bus, in_flight=0).timeline.stalled
+
+
 def test_a_slow_bus_holds_what_waits_for_it() -> None:
     step = make_step()
     slow = dataclasses.replace(MACHINE, host_bandwidth=MACHINE.bandwidth / 1e3)
