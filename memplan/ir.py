@@ -364,14 +364,19 @@ class Machine:
     flops: tuple[tuple[str, float], ...]
     host_bandwidth: float = 0.0  # bytes/s between host and device, one direction
     disk_bandwidth: float = 1e9  # bytes/s between device and disk, one direction
+    contention: float = 1.0  # of the bytes of a copy, how many compete with ops for device memory; 0: copies cost none
     unified: bool = False  # host and device share one memory
     context_bytes: int = 0  # what the driver takes before the first tensor
     workspace_rules: tuple[tuple[str, float], ...] = ()  # op -> hidden workspace, in multiples of its first output
 
+    @functools.cached_property
+    def rates(self) -> Mapping[str, float]:
+        """`flops` as a mapping."""
+        return dict(self.flops)
+
     def seconds(self, op: Op) -> float:
         """Roofline (Williams, Waterman, Patterson 2009): the longer of arithmetic and memory traffic."""
-        rates = dict(self.flops)
-        rate = rates.get(op.dtype) or rates["float32"]
+        rate = self.rates.get(op.dtype) or self.rates["float32"]
         if op.fetches:
             return self.copy_seconds(op.traffic // 2, "host")
         return max(op.flops / rate, op.traffic / self.bandwidth)
@@ -523,6 +528,20 @@ def _sums(blocks: Iterable[Block], count: int) -> list[int]:
         change[block.start] += block.bytes
         change[block.end] -= block.bytes
     return list(itertools.accumulate(change[:-1]))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What no plan of the class of passes/bound.py can beat, whatever decided it.
+
+    `seconds`: the step takes at least so long inside the budget; infinite: nothing fits.
+    `per_byte`: seconds that a byte more of budget takes off that, at the margin. `at`: the op where memory binds most;
+    empty: nowhere.
+    """
+
+    seconds: float
+    per_byte: float = 0.0
+    at: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ layers the residual stream, in a U-Net the residual stream and the skips that pa
 inside a block, between a norm's or an MLP's products, are wider than the block's ends near by, and are left out.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy.signal import find_peaks
 
@@ -16,12 +18,29 @@ PROMINENCE = 0.5  # of the width at the boundary
 NEAR, WIDER = 3, 1.25  # a boundary is at most WIDER times the narrowest of the NEAR boundaries on either side
 
 
+class Boundary(NamedTuple):
+    """`op` is the first op behind it, an index into the forward ops; `storages` cross it."""
+
+    op: int
+    storages: frozenset[int]
+
+
 def frontiers(step: Step) -> list[frozenset[int]]:
     """The storages that cross each block boundary, in program order. Block k lies between frontiers k-1 and k."""
-    return [boundary for graph in step.graphs if graph.phase == "forward" for boundary in _of_graph(step, graph)]
+    return [boundary.storages for boundary in boundaries(step)]
 
 
-def _of_graph(step: Step, graph: Graph) -> list[frozenset[int]]:
+def boundaries(step: Step) -> list[Boundary]:
+    """The block boundaries of all forward graphs, in program order."""
+    return [
+        Boundary(span.start + b.op, b.storages)
+        for graph, span in zip(step.graphs, step.spans, strict=True)
+        if graph.phase == "forward"
+        for b in _of_graph(step, graph)
+    ]
+
+
+def _of_graph(step: Step, graph: Graph) -> list[Boundary]:
     made, last = _extent(graph)
     count = len(graph.ops)
     width = np.zeros(count + 1)
@@ -34,7 +53,7 @@ def _of_graph(step: Step, graph: Graph) -> list[frozenset[int]]:
     deep = [int(p) for p in found[shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)]]
     narrowest = [min(width[p] for p in deep[max(0, k - NEAR) : k + NEAR + 1]) for k in range(len(deep))]
     return [
-        frozenset(t for t in made if made[t] < p <= last[t] and t not in step.given)
+        Boundary(p, frozenset(t for t in made if made[t] < p <= last[t] and t not in step.given))
         for p, least in zip(deep, narrowest, strict=True)
         if width[p] <= WIDER * least
     ]

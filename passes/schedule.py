@@ -89,16 +89,27 @@ def _forward_order(step: Step, span: range, early: list[int]) -> list[Run]:
     if not early:
         return [Run(i) for i in span]
     runs: list[Run] = []
-    made = set(step.given).difference(*(step.ops[i].outputs for i in span))
-    waiting = list(early)
-    for i in span:
+    there = set(step.given).difference(*(step.ops[i].outputs for i in span))
+    missing = {e: {t for t in step.ops[e].inputs if t not in there} for e in early}
+    readers: dict[int, list[int]] = {}
+    for e, storages in missing.items():
+        for t in storages:
+            readers.setdefault(t, []).append(e)
+
+    def run(i: int) -> list[int]:
+        """Run it; those that wait for nothing else now."""
         runs.append(Run(i))
-        made.update(step.ops[i].outputs)
-        ready = [e for e in waiting if made.issuperset(step.ops[e].inputs)] if waiting else []
+        ready = list[int]()
+        for t in step.ops[i].outputs:
+            for e in readers.get(t, ()):
+                missing[e].discard(t)
+                ready += [e] if not missing[e] else []
+        return ready
+
+    ready = sorted(e for e in early if not missing[e])
+    for i in span:
+        ready += run(i)
         while ready:
-            for e in ready:
-                runs.append(Run(e))
-                made.update(step.ops[e].outputs)
-                waiting.remove(e)
-            ready = [e for e in waiting if made.issuperset(step.ops[e].inputs)]
-    return runs + [Run(e) for e in waiting]
+            ready = sorted({e for now in sorted(ready) for e in run(now)})
+    ran = {r.op for r in runs}
+    return runs + [Run(e) for e in early if e not in ran]

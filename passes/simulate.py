@@ -45,7 +45,7 @@ def copying(step: Step, runs: Sequence[Sequence[Run]], offloads: Mapping[int, Of
     """Estimated time that copies add to the runs: what waits for them, and their share of the device's memory."""
     moved = copies.moments(step, runs, offloads)
     waits = sum(m.stall for m in _moments(step, runs, moved, offloads, machine))
-    return waits + 2 * sum(step.tensors[c.storage].bytes for c in moved) / machine.bandwidth
+    return waits + 2 * machine.contention * sum(step.tensors[c.storage].bytes for c in moved) / machine.bandwidth
 
 
 def _moments(
@@ -69,18 +69,23 @@ def _moments(
         size = step.tensors[c.storage].bytes
         free[what] = max(free[what], now) + machine.copy_seconds(size, offloads[c.storage].tier)
         done[c.storage, what] = free[what]
-        clock += size / machine.bandwidth
+        clock += machine.contention * size / machine.bandwidth
 
     for graph, own in zip(step.graphs, runs, strict=True):
         begun = clock  # when the next fetch of this graph may start
         for run in own:
+            op = step.ops[run.op]
+            if len(out) not in events and not op.fetches:  # most runs copy nothing
+                clock += late + machine.seconds(op)
+                out.append(Moment(op.name, clock, graph.phase, late))
+                late = 0.0
+                continue
             here = sorted(events.get(len(out), ()), key=lambda e: e[1].first_use)
             for what, c in here:
                 if what == "reload":
                     copy(c, "reload", clock + late)
             ready = max((done[c.storage, "reload"] for what, c in here if what == "use"), default=0.0)
             late = max(late, ready - clock)
-            op = step.ops[run.op]
             if op.fetches:
                 free["reload"] = max(free["reload"], begun) + machine.seconds(op)
                 late = max(late, free["reload"] - clock)

@@ -45,10 +45,11 @@ def builtin() -> dict[str, Policy]:
     from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
     from memplan.passes.policies.greedy import Greedy
     from memplan.passes.policies.offload import HandBack, OffloadAll, OffloadLayerInputs
+    from memplan.passes.policies.optimal import Optimal
     from memplan.passes.policies.save_all import SaveAll
     from memplan.passes.policies.torch_saved import TorchBudget, TorchMinCut
 
-    found: list[Policy] = [Greedy(), SaveAll(), BlockCheckpoint(), SqrtN(), TorchMinCut()]
+    found: list[Policy] = [Optimal(), Greedy(), SaveAll(), BlockCheckpoint(), SqrtN(), TorchMinCut()]
     found += [OffloadAll(), OffloadAll("disk"), OffloadLayerInputs(), HandBack()]
     found += [TorchBudget(ratio) for ratio in TorchBudget.RATIOS]
     return {name_of(p): p for p in found}

@@ -11,6 +11,7 @@ When nothing on the path fits, its point of least peak is returned and the pipel
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,7 +52,7 @@ class Greedy:
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         points = path(step, machine, self.points)
         if budget.host_bytes:
-            points = sorted([*points, *moved(step, points, budget, machine, self.small)], key=_order)
+            points = sorted([*points, *moved(step, points, budget, machine, self.small)], key=in_order)
         best = choose(step, points, budget.available)
         return decided(step.read_in_backward | best.saved, best.saved, best.offloads)
 
@@ -78,8 +79,10 @@ def choose(step: Step, points: list[Point], available: int) -> Point:
     return points[least[1]] if least else Point(0.0, 0, step.read_in_backward)
 
 
-def moved(step: Step, points: Sequence[Point], budget: Budget, machine: Machine, small: int) -> Iterator[Point]:
-    """Points with part of what they save off the device."""
+def moved(
+    step: Step, points: Sequence[Point], budget: Budget, machine: Machine, small: int, room: float = math.inf
+) -> Iterator[Point]:
+    """Points with part of what they save off the device, but for those that leave more than `room` there."""
     ordered = sorted(points, key=lambda p: -p.crossing)
     for k in sorted({round(i * (len(ordered) - 1) / (MOVED - 1)) for i in range(MOVED)} if ordered else ()):
         point = ordered[k]
@@ -91,6 +94,8 @@ def moved(step: Step, points: Sequence[Point], budget: Budget, machine: Machine,
         ]
         ways += [(_first(step, oldest, int(share * total)), n) for share in SHARES for n in IN_FLIGHT]
         for wanted, in_flight in ways if total else ():
+            if point.crossing - sum(step.tensors[t].bytes for t in wanted) > room:
+                continue
             off = away(step, point.saved, wanted, budget, machine, in_flight=in_flight, small=small)
             left = point.crossing - sum(step.tensors[t].bytes for t in off)
             yield Point(point.seconds + copying(step, runs, off, machine), left, point.saved, off)
@@ -122,10 +127,10 @@ def path(step: Step, machine: Machine, points: int) -> list[Point]:
     seconds = [machine.seconds(op) for op in step.ops]
     roots = {t for i in needs_tangents(step) for t in step.ops[i].inputs} | set(step.backward.outputs)
     measured = (_measure(step, seconds, roots, saved) for saved in dict.fromkeys(_sets(step, machine, points)))
-    return sorted((point for point in measured if point), key=_order)
+    return sorted((point for point in measured if point), key=in_order)
 
 
-def _order(point: Point) -> tuple[object, ...]:
+def in_order(point: Point) -> tuple[object, ...]:
     return point.seconds, point.crossing, sorted(point.saved), sorted(point.offloads)
 
 

@@ -50,6 +50,23 @@ def cuts(step: Step, machine: Machine, fixed: frozenset[int], points: int) -> It
     yield cut.saved
 
 
+def corners(step: Step, machine: Machine, fixed: frozenset[int], points: int) -> list[frozenset[int]]:
+    """The sets to save that are cheapest at some price, closer than 1/points of save-all's bytes only at the ends."""
+    network = _Network(step, machine, fixed)
+    least, most = network.cut(frozenset()), network.at(DEAREST * network.seconds / max(1, network.bytes))
+    grain = max(1.0, least.bytes / points)
+
+    def between(low: Cut, high: Cut) -> Iterator[Cut]:
+        if low.bytes - high.bytes > grain and high.seconds > low.seconds:
+            middle = network.at((high.seconds - low.seconds) / (low.bytes - high.bytes))
+            if low.again < middle.again < high.again:
+                yield from between(low, middle)
+                yield middle
+                yield from between(middle, high)
+
+    return [cut.saved for cut in (least, *between(least, most), most)]
+
+
 def _between(network: "_Network", low: Cut, high: Cut, grain: float) -> Iterator[Cut]:
     """The cuts from `low` to `high`, in order of price (Eisner, Severance 1976)."""
     if low.bytes - high.bytes > grain and high.seconds > low.seconds:

@@ -1,0 +1,98 @@
+"""Linear and integer programs, built a row at a time and solved by HiGHS (Huangfu, Hall 2018) through scipy.
+
+In: variables with bounds, costs and integrality, rows low <= sum of coefficient * variable <= high. Out: a Solution.
+What must hold: the same program gives the same solution on every run: limits are nodes, never seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import coo_matrix, csr_matrix
+
+Terms = Iterable[tuple[int, float]]  # (variable, coefficient)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`values` of the variables, their total `cost`, and what one more of each row's `high` would add to that."""
+
+    values: NDArray[np.float64]
+    cost: float
+    slopes: NDArray[np.float64]
+
+
+@dataclass
+class Program:
+    """A program that is being built: minimise the cost. Variables and rows are numbered as they are added."""
+
+    lower: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+    cost: list[float] = field(default_factory=list)
+    whole: list[bool] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    entries: list[tuple[int, int, float]] = field(default_factory=list)
+
+    def variable(self, upper: float = math.inf, *, cost: float = 0.0, whole: bool = False) -> int:
+        """A new variable of at least 0."""
+        self.lower.append(0.0)
+        self.upper.append(upper)
+        self.cost.append(cost)
+        self.whole.append(whole)
+        return len(self.cost) - 1
+
+    def row(self, terms: Terms, *, low: float = -math.inf, high: float = math.inf) -> int:
+        """A new row; a variable that is named twice counts twice."""
+        at = len(self.low)
+        self.entries += [(at, variable, coefficient) for variable, coefficient in terms]
+        self.low.append(low)
+        self.high.append(high)
+        return at
+
+    def relaxed(self) -> Solution | None:
+        """The optimum when no variable has to be whole; None: there is no solution."""
+        matrix, low, high = self._matrix(), np.array(self.low), np.array(self.high)
+        equal, above, below = low == high, np.isfinite(high) & (low != high), np.isfinite(low) & (low != high)
+        found = linprog(
+            self.cost,
+            A_ub=_stacked(matrix[above], -matrix[below]),
+            b_ub=np.concatenate([high[above], -low[below]]),
+            A_eq=matrix[equal],
+            b_eq=low[equal],
+            bounds=np.column_stack([self.lower, self.upper]),
+            method="highs",
+        )
+        if found.status != 0:
+            return None
+        slopes = np.zeros(len(low))
+        slopes[above] = found.ineqlin.marginals[: int(above.sum())]
+        return Solution(found.x, float(found.fun), slopes)
+
+    def solved(self, *, gap: float, nodes: int) -> Solution | None:
+        """A solution with whole variables that costs at most `gap` (relative) more than the optimum, or the best of so
+        many nodes of the search; None: none was found.
+        """
+        found = milp(
+            np.array(self.cost),
+            integrality=np.array(self.whole, dtype=int),
+            bounds=Bounds(np.array(self.lower), np.array(self.upper)),
+            constraints=LinearConstraint(self._matrix(), np.array(self.low), np.array(self.high)),
+            options={"mip_rel_gap": gap, "node_limit": nodes},
+        )
+        return None if found.x is None else Solution(found.x, float(found.fun), np.zeros(len(self.low)))
+
+    def _matrix(self) -> csr_matrix:
+        rows, columns, values = zip(*self.entries, strict=True) if self.entries else ((), (), ())
+        return coo_matrix((values, (rows, columns)), shape=(len(self.low), len(self.cost))).tocsr()
+
+
+def _stacked(first: csr_matrix, second: csr_matrix) -> csr_matrix:
+    from scipy.sparse import vstack
+
+    return vstack([first, second], format="csr")
