@@ -1,0 +1,112 @@
+"""Local search: decide single storages, then pairs of them, otherwise, as long as the plan gets better.
+
+In: a Judge, which simulates plans exactly, and a Candidate. Out: one that is no worse: what is over the budget comes
+first, then time. It carries steps without blocks, and what falls between the options of those with blocks.
+The search ends after as many ops have been simulated as `WORK` says, whatever the clock says.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from memplan.ir import Budget, Machine, Offload, Step
+from memplan.passes.copies import placed
+from memplan.passes.schedule import schedule
+from memplan.passes.simulate import copying, peak
+
+WORK = 150_000  # ops that are simulated at most
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A plan: `saved` cross, `offloads` of them off the device. `over`: bytes that it is over the budget, or ops that
+    run twice and must not; `seconds` of what runs again and of copies; ordered from the best.
+    """
+
+    over: float
+    seconds: float
+    peak: int
+    saved: frozenset[int] = field(compare=False)
+    offloads: Mapping[int, Offload] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Simulates plans of a step, exactly."""
+
+    step: Step
+    budget: Budget
+    machine: Machine
+
+    @property
+    def room(self) -> int:
+        """Bytes that the budget leaves for what is decided."""
+        return self.budget.available - self.step.base_bytes
+
+    def candidate(self, saved: frozenset[int], offloads: Mapping[int, Offload]) -> Candidate:
+        """The plan in which they cross, less what backward never reads."""
+        step, machine = self.step, self.machine
+        runs = schedule(step, saved)
+        read = set(step.backward.outputs)
+        for graph, own in zip(step.graphs, runs, strict=True):
+            if graph.phase == "backward":
+                read.update(*(step.ops[run.op].inputs for run in own))
+        saved = saved & read
+        runs = schedule(step, saved)
+        offloads = {t: d for t, d in offloads.items() if t in saved}
+        again = [step.ops[run.op] for own in runs for run in own if run.again]
+        seconds = sum(map(machine.seconds, again)) + (copying(step, runs, offloads, machine) if offloads else 0.0)
+        found = peak(step, saved, offloads)
+        away = sum(step.tensors[t].bytes for t, d in offloads.items() if d.tier == "host")
+        over = max(0, found - self.budget.available) + max(0, away - self.budget.host_bytes)
+        if any(op.fixed for op in again):
+            over += 2**62
+        return Candidate(over, seconds, found, saved, offloads)
+
+    def placed(self, saved: frozenset[int], away: frozenset[int]) -> Candidate:
+        """The same, with the copies placed so that nobody waits, or, where that does not fit, with less memory."""
+        runs, best = schedule(self.step, saved), None
+        for in_flight in (None, 1, 0) if away else (None,):
+            offloads = placed(self.step, runs, dict.fromkeys(away, Offload()), self.machine, in_flight)
+            found = self.candidate(saved, offloads)
+            best = found if best is None else min(best, found)
+            if not found.over:
+                break
+        assert best is not None
+        return best
+
+
+def polished(judge: Judge, best: Candidate, small: int) -> Candidate:
+    """The best that changing single storages, and pairs, leads to."""
+    tries = WORK // max(1, len(judge.step.ops))
+    improved = True
+    while improved:
+        improved = False
+        for saved, away in _neighbours(judge.step, best, small, offload=judge.budget.host_bytes > 0):
+            if tries <= 0:
+                return best
+            tries -= 1
+            found = judge.placed(saved, away)
+            if found < best:
+                best, improved = found, True
+                break
+    return best
+
+
+def _neighbours(
+    step: Step, of: Candidate, small: int, *, offload: bool
+) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
+    """Sets that cross, and those of them that are off the device, one change away, then two; large storages first."""
+    away = frozenset(of.offloads)
+    movable = [t for t in step.offloadable if offload and step.tensors[t].bytes >= small]
+    changes = [("crosses", t) for t in step.saveable] + [("leaves", t) for t in movable]
+    changes.sort(key=lambda change: (-step.tensors[change[1]].bytes, change))
+    for pair in (*((c,) for c in changes), *itertools.combinations(changes, 2)):
+        saved, off = set(of.saved), set(away)
+        for what, t in pair:
+            if what == "crosses":
+                saved ^= {t}
+            else:
+                off ^= {t}
+                saved |= {t}
+        yield frozenset(saved), frozenset(off & saved)
