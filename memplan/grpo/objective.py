@@ -44,7 +44,6 @@ def batch_loss(logprobs: Tensor, batch: Batch, config: GRPOConfig, entropies: Te
     if config.needs_entropies:
         if entropies is None:
             raise MemplanError("entropy_bonus and top_entropy need entropies, [B, N]: pass token_entropies(logits)")
-        entropies = torch.where(counts, entropies, 0.0)
         if config.top_entropy < 1:
             acting = top_entropy_mask(entropies, mask, config.top_entropy).to(logprobs.dtype)
 

@@ -191,7 +191,8 @@ def test_what_is_masked_has_no_influence(config, kind, correction, absurd):
     for key in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
         changed[key] = torch.where(counts, batch[key], absurd)
     other, other_entropies = (torch.where(counts, x, absurd).detach().requires_grad_() for x in (new, entropies))
-    found = gradient(config, other, other_entropies, changed)
+    with torch.autograd.set_detect_anomaly(True):  # nor is there nan on the way that a mask drops later
+        found = gradient(config, other, other_entropies, changed)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not found[1][~counts].any() and not found[2][~counts].any() and found[1].any()
 
@@ -206,6 +207,15 @@ def test_a_batch_without_completions_has_loss_zero(config):
 
 
 # Reductions
+
+
+@each_config
+def test_reductions_skip_what_is_masked_even_inf(config):
+    new, _, batch = draw()
+    mask = batch["completion_mask"]
+    absurd = torch.where(mask > 0, new, math.inf)
+    expected = (new * weights(config, batch)).sum()
+    torch.testing.assert_close(reduce_loss(absurd, mask, config, batch["completion_tokens"]), expected)
 
 
 @pytest.mark.parametrize("name", ["dapo", "cispo", "vespo"])
@@ -225,6 +235,8 @@ def test_the_count_may_be_a_number_and_must_be_there(name):
     new, _, batch = draw()
     expected = batch_loss(new, batch, CONFIGS[name])
     assert torch.equal(batch_loss(new, batch | {"completion_tokens": 31}, CONFIGS[name]), expected)
+    empty = batch | {"completion_mask": torch.zeros_like(new), "completion_tokens": 0}
+    assert batch_loss(new, empty, CONFIGS[name]) == 0
     with pytest.raises(MemplanError, match=rf"'{name}' divides by batch\['completion_tokens'\]"):
         batch_loss(new, {k: v for k, v in batch.items() if k != "completion_tokens"}, CONFIGS[name])
     with pytest.raises(MemplanError, match="completion_tokens"):
@@ -328,6 +340,7 @@ def test_truncated_and_masked_sampler_ratios_differ_only_out_of_bounds(seed):
         torch.testing.assert_close(cut[within], exact[within])
         torch.testing.assert_close(none, torch.where(within, cut, 0.0))
         assert set(cut[~within].tolist()) <= {0.5, 2.0}
+        assert not sampler_ratio(old.requires_grad_(), sampler, mask, f"{level}_mask").requires_grad
 
 
 @for_seeds
@@ -338,6 +351,10 @@ def test_off_policy_mask_drops_only_bad_completions_that_the_policy_left(seed):
     left = ((old - new) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
     assert torch.equal(~kept, (advantages < 0) & (left > 0.05))
     assert not off_policy_mask(new, old, mask, -advantages.abs(), threshold=0.05).requires_grad
+    some = torch.rand_like(old) < 0.5
+    unknown, equal = (torch.where(some, x, old) for x in (torch.tensor(math.nan).double(), new))
+    found = [off_policy_mask(new, s, mask, advantages, threshold=0.01) for s in (unknown, equal)]
+    assert torch.equal(*found)
 
 
 @settings(deadline=None, max_examples=50)
@@ -349,6 +366,18 @@ def test_top_entropy_is_the_quantile_of_what_counts(seed, share):
     threshold = torch.quantile(entropies.detach()[counts], 1 - share)
     assert torch.equal(kept, counts & (entropies >= threshold))
     assert kept[counts].sum() >= max(1, math.floor(share * (counts.sum() - 1)))
+
+
+@for_seeds
+def test_the_entropy_bonus_is_a_mean_over_the_tokens_of_high_entropy(seed):
+    new, entropies, batch = draw(seed)
+    batch["advantages"] = torch.zeros(4).double()
+    kept = top_entropy_mask(entropies, batch["completion_mask"], 0.5)
+    for config in (GRPOConfig(top_entropy=0.5, entropy_bonus=0.2), GRPOConfig(entropy_bonus=0.2)):
+        acting = kept if config.top_entropy < 1 else batch["completion_mask"] > 0
+        loss, _, found = gradient(config, new, entropies, batch)
+        torch.testing.assert_close(loss, -0.2 * entropies.detach()[acting].mean())
+        torch.testing.assert_close(found, -0.2 * acting.double() / acting.sum())
 
 
 # Log-probs and entropies
