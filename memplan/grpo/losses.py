@@ -30,7 +30,7 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """w = exp(sum m (l - o) / n), [B, 1]: the geometric mean of the tokens' ratios, 1 for an empty completion.
 
-    Its gradient in l is w m / n. Source: GSPO (Zheng et al. 2025, eq. 7).
+    Its gradient in l is w m / n. Source: GSPO (Zheng et al. 2025).
     """
     difference = torch.where(mask > 0, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)
     return policy_ratio(difference / mask.sum(-1, keepdim=True).clamp(min=1), torch.zeros_like(difference))
@@ -55,7 +55,7 @@ def cispo_loss(ratio: Tensor, logprobs: Tensor, advantages: Tensor, cap: float) 
     """-min(w, cap) A l, [B, N], where min(w, cap) is held constant: no token's gradient is clipped away.
 
     ratio [B, N] or [B, 1], logprobs [B, N], advantages [B]. Its gradient in l is -min(w, cap) A.
-    Source: CISPO (MiniMax-M1, 2025, eq. 4), with an upper bound alone as in ScaleRL (Khatri et al. 2025).
+    Source: CISPO (MiniMax-M1, 2025), with an upper bound alone as in ScaleRL (Khatri et al. 2025).
     """
     return -ratio.clamp(max=cap).detach() * advantages.unsqueeze(-1) * logprobs
 
@@ -64,7 +64,7 @@ def sapo_loss(ratio: Tensor, advantages: Tensor, tau: tuple[float, float] = (1.0
     """-A (4 / tau) sigmoid(tau (w - 1)), a soft gate in the place of the clip; tau[0] where A > 0, else tau[1].
 
     ratio [B, N] or [B, 1], advantages [B]; returns the ratio's shape. Its gradient in l is -4 A s (1 - s) w, with s the
-    sigmoid. Source: SAPO (Gao et al. 2025, eq. 6).
+    sigmoid. Source: SAPO (Gao et al. 2025).
     """
     advantages = advantages.unsqueeze(-1)
     temperature = torch.where(advantages > 0, *tau).to(ratio.dtype)

@@ -21,7 +21,7 @@ def reduce_loss(
     bnpo                sum(m p) / max(sum m, 1) over the whole batch       every token weighs the same
     dr_grpo             sum(m p) / (B * max_completion_length)              Liu et al. 2025: no bias by length
     dapo, cispo, vespo  sum(m p) / max(completion_tokens, 1)                Yu et al. 2025: parts of a batch add up
-    luspo               mean over completions of sum(m p)                   Hong et al. 2025: undoes GSPO's 1 / n
+    luspo               mean over completions of sum(m p)                   Liu et al. 2026: undoes GSPO's 1 / n
 
     `completion_tokens` are those of the whole batch of which this may be a part, a number or a scalar tensor.
     """
