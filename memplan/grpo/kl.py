@@ -24,7 +24,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, ki
 
     Reverse is KL(policy || reference), forward KL(reference || policy). Gradients are in expectation over the sampled
     tokens. w is the token's ratio, also where the loss has sequences' ratios: only then do the gradients hold.
-    Source: J. Schulman, "Approximating KL divergence" (2020); k3 in GRPO: Shao et al. 2024, eq. 4; k3_is: DeepSeek-V3.2 (2025).
+    Source: J. Schulman, "Approximating KL divergence" (2020); k3 in GRPO: Shao et al. 2024, eq. 4; k3_is: DeepSeek-V3.2
+    (2025).
     """
     difference = ref_logprobs - logprobs
     if kind == "k2":
