@@ -1,140 +1,97 @@
-"""GRPO losses and KL estimators on log-probs, in plain torch.
+"""Policy losses of tokens from log-probs, in plain torch.
 
-In come float32 log-probs of the sampled tokens, out come per-token losses and their reduction to a scalar.
-What must hold: equal policies have ratio exactly 1 and KL exactly 0; a masked token has no influence.
+In come log-probs of the sampled tokens, float32 at least, out come losses of tokens; reductions.py makes a scalar.
+What must hold: equal policies have ratio exactly 1 and, whatever the loss, the gradient -A.
 
 Letters, as in the formulas below: l log-prob under the policy, o under the policy that sampled, r under the
-reference; A advantage, m mask, w = exp(l - o). Shapes: B completions, N predicted tokens each (T - 1 in step.py).
+reference, s as the sampler itself reported it; A advantage, m mask, w = exp(l - o), n the sum of m in a row.
+Shapes: B completions, N predicted tokens each (T - 1 in step.py). Nothing here reads where m is 0, if l and o are
+finite there; batch_loss sees to that.
 """
 
 from __future__ import annotations
 
 import math
-import typing
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from memplan.errors import MemplanError, did_you_mean
-
-LossType = Literal["grpo", "bnpo", "dr_grpo"]
-KLEstimator = Literal["k2", "k3", "k3_is"]
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """What the loss needs to know. Raises MemplanError on a value that makes no sense.
-
-    `clip_low`, `clip_high`: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-    `beta`: weight of the KL term; 0 leaves it out, and then no reference log-probs are needed.
-    `max_completion_length`: tokens, the constant that dr_grpo divides by; the other losses ignore it.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.0
-    loss_type: LossType = "grpo"
-    kl: KLEstimator = "k3"
-    temperature: float = 1.0
-    max_completion_length: int | None = None
-
-    def __post_init__(self) -> None:
-        _known("loss_type", self.loss_type, typing.get_args(LossType))
-        _known("kl", self.kl, typing.get_args(KLEstimator))
-        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
-            raise MemplanError(f"clip_low={self.clip_low}, clip_high={self.clip_high}: need 0 <= low <= 1, 0 <= high")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise MemplanError(f"temperature={self.temperature} must be a positive number")
-        if not (self.beta >= 0 and math.isfinite(self.beta)):
-            raise MemplanError(f"beta={self.beta} must be zero (no KL term) or a positive number")
-        if self.loss_type == "dr_grpo" and (self.max_completion_length or 0) < 1:
-            raise MemplanError("loss_type 'dr_grpo' divides by max_completion_length: set it to at least 1 token")
-
-
-def _known(option: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        choices = ", ".join(valid)
-        raise MemplanError(f"{option} {value!r} is not offered: it is one of {choices}{did_you_mean(value, valid)}")
-
-
-def selected_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-prob of each token: log_softmax(logits / temperature)[token].
-
-    logits [..., V] of any float dtype, tokens [...] int64; returns [...] float32, whatever the dtype of the logits:
-    log-probs rounded to bfloat16 put gradients off by 10 %. Float64 logits stay float64.
-    Beyond a margin of about 16 nats over all other tokens, a float32 result rounds to 0 and has no gradient.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature != 1:  # dividing by 1 would change nothing but cost another [..., V]
-        logits = logits / temperature
-    return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+# exp(80) is still a float32. Beyond, w would be inf, and the gradient 0 of a clip times inf is nan.
+_LARGEST_LOG_RATIO = 80.0
+# VESPO's own bounds: a token's log ratio, and the sequence's log weight
+_VESPO_TOKEN, _VESPO_LOG = 20.0, (math.log(1e-8), 20.0)
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """w = exp(l - o), [B, N]: exactly 1 where both are equal."""
-    return torch.exp(logprobs - old_logprobs)
+    """w = exp(l - o), [B, N]: exactly 1 where both are equal; at most exp(80), and constant from there on."""
+    return torch.exp((logprobs - old_logprobs).clamp(max=_LARGEST_LOG_RATIO))
 
 
-def clipped_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) per token.
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """w = exp(sum m (l - o) / n), [B, 1]: the geometric mean of the tokens' ratios, 1 for an empty completion.
 
-    ratio [B, N], advantages [B]; returns [B, N]. Its gradient in l is -A w, and 0 where the clip is active.
-    Source: PPO's surrogate (Schulman et al. 2017), as used by GRPO (Shao et al. 2024, DeepSeekMath, eq. 3).
+    Its gradient in l is w m / n. Source: GSPO (Zheng et al. 2025).
+    """
+    difference = torch.where(mask > 0, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)
+    return policy_ratio(difference / mask.sum(-1, keepdim=True).clamp(min=1), torch.zeros_like(difference))
+
+
+def clipped_loss(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, delta: float | None = None
+) -> Tensor:
+    """-min(min(w, delta) A, clip(w, 1 - clip_low, 1 + clip_high) A).
+
+    ratio [B, N] or [B, 1], advantages [B]; returns the ratio's shape. Its gradient in l is -A w, and 0 where a clip is
+    active. Source: PPO's surrogate (Schulman et al. 2017), as used by GRPO (Shao et al. 2024, DeepSeekMath, eq. 3);
+    delta, which bounds the loss of a negative advantage: INTELLECT-2 (Prime Intellect 2025).
     """
     advantages = advantages.unsqueeze(-1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    return -torch.minimum(bounded * advantages, clipped * advantages)
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, kind: KLEstimator = "k3") -> Tensor:
-    """Per-token estimate of KL(policy || reference) from tokens that the old policy sampled; all [B, N].
+def cispo_loss(ratio: Tensor, logprobs: Tensor, advantages: Tensor, cap: float) -> Tensor:
+    """-min(w, cap) A l, [B, N], where min(w, cap) is held constant: no token's gradient is clipped away.
 
-        k2      (r - l)^2 / 2                  its gradient is that of the reverse KL on-policy
-        k3      exp(r - l) - (r - l) - 1       unbiased and >= 0; as a loss it has the gradient of the forward KL
-        k3_is   w (exp(r - l) - (r - l) - 1)   its gradient w (l - r) is that of the reverse KL on- and off-policy
-
-    Gradients are in expectation over the sampled tokens. Source: J. Schulman, "Approximating KL divergence" (2020);
-    k3 in GRPO: Shao et al. 2024, eq. 4.
+    ratio [B, N] or [B, 1], logprobs [B, N], advantages [B]. Its gradient in l is -min(w, cap) A.
+    Source: CISPO (MiniMax-M1, 2025), with an upper bound alone as in ScaleRL (Khatri et al. 2025).
     """
-    difference = ref_logprobs - logprobs
-    if kind == "k2":
-        return 0.5 * difference.square()
-    if kind == "k3":
-        return torch.expm1(difference) - difference
-    # exp(r - l) w = exp(r - o) has no l in it: multiplied out, neither value nor gradient overflows with r - l.
-    return torch.exp(ref_logprobs - old_logprobs) - policy_ratio(logprobs, old_logprobs) * (1 + difference)
+    return -ratio.clamp(max=cap).detach() * advantages.unsqueeze(-1) * logprobs
 
 
-def reduce_loss(per_token: Tensor, mask: Tensor, config: GRPOConfig) -> Tensor:
-    """Mean of the tokens that count; per_token [B, N], mask [B, N] of 0 and 1 in the same dtype; returns a scalar.
+def sapo_loss(ratio: Tensor, advantages: Tensor, tau: tuple[float, float] = (1.0, 1.05)) -> Tensor:
+    """-A (4 / tau) sigmoid(tau (w - 1)), a soft gate in the place of the clip; tau[0] where A > 0, else tau[1].
 
-    grpo      mean over completions of sum(m p) / max(sum m, 1)     Shao et al. 2024
-    bnpo      sum(m p) / max(sum m, 1) over the whole batch         every token weighs the same
-    dr_grpo   sum(m p) / (B * max_completion_length)                Liu et al. 2025: no bias by length
+    ratio [B, N] or [B, 1], advantages [B]; returns the ratio's shape. Its gradient in l is -4 A s (1 - s) w, with s the
+    sigmoid. Source: SAPO (Gao et al. 2025).
     """
-    # where, not a product: a padded token may hold inf, and inf * 0 is nan.
-    counted = torch.where(mask > 0, per_token, 0.0)
-    if config.loss_type == "grpo":
-        return (counted.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-    if config.loss_type == "bnpo":
-        return counted.sum() / mask.sum().clamp(min=1)
-    assert config.max_completion_length is not None  # GRPOConfig checked it
-    return counted.sum() / (per_token.shape[0] * config.max_completion_length)
+    advantages = advantages.unsqueeze(-1)
+    temperature = torch.where(advantages > 0, *tau).to(ratio.dtype)
+    return -advantages * torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
 
 
-def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """A = (r - mean) / (std + eps) within each group of completions to one prompt.
+def vespo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    k: tuple[float, float] = (2.0, 3.0),
+    rate: tuple[float, float] = (3.0, 2.0),
+    sampler: Tensor | None = None,
+) -> Tensor:
+    """-phi(W) A l, [B, N], with phi(W) = W^k exp(rate (1 - W)) held constant; k[0], rate[0] where A >= 0, else [1].
 
-    rewards [B], groups are `group_size` consecutive entries; returns [B] float32. `std` is the unbiased one.
-    scale=False leaves out the division (Liu et al. 2025, dr_grpo). Source: Shao et al. 2024, section 4.1.2.
-    A group of equal rewards has advantages 0: it teaches nothing.
+    W = exp(sum m (l - o)) is the ratio of the whole completion, times the product of `sampler` [B, N], the ratios of
+    the old policy to the sampler, if given. logprobs, old_logprobs, mask [B, N], advantages [B].
+    Its gradient in l is -phi A, and phi(1) = 1. Source: VESPO (Shen et al. 2026), with the bounds of its code: log
+    ratios of tokens within 20 nats, log W from log(1e-8) to 20.
     """
-    if group_size < 2 or rewards.numel() % group_size:
-        raise MemplanError(f"{rewards.numel()} rewards do not split into groups of {group_size} (at least 2 each)")
-    groups = rewards.float().view(-1, group_size)
-    advantages = groups - groups.mean(-1, keepdim=True)
-    if scale:
-        advantages = advantages / (groups.std(-1, keepdim=True) + eps)
-    return advantages.flatten()
+    advantages, counts = advantages.unsqueeze(-1), mask > 0
+    difference = (logprobs - old_logprobs).detach().clamp(-_VESPO_TOKEN, _VESPO_TOKEN)
+    if sampler is not None:
+        difference = difference + sampler.log().clamp(*_VESPO_LOG)  # log 0, of a ratio that is masked out, is -inf
+    log_weight = torch.where(counts, difference, 0.0).sum(-1, keepdim=True).clamp(*_VESPO_LOG)
+    power, falling = (torch.where(advantages >= 0, *pair).to(logprobs.dtype) for pair in (k, rate))
+    phi = (power * log_weight + falling * (1 - log_weight.exp())).exp()
+    return -phi * advantages * logprobs

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from memplan.errors import MemplanError
-from memplan.grpo.losses import group_advantages
-from memplan.grpo.step import Batch, token_logprobs
+from memplan.grpo.advantages import group_advantages
+from memplan.grpo.objective import Batch
+from memplan.grpo.step import token_logprobs
 from memplan.grpo.tasks import CharTokenizer, Task
 
 

@@ -8,42 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from memplan.errors import MemplanError
-from memplan.grpo.losses import GRPOConfig, clipped_loss, kl_estimate, policy_ratio, reduce_loss, selected_logprobs
+from memplan.grpo.config import GRPOConfig
+from memplan.grpo.logprobs import selected_logprobs, token_entropies
+from memplan.grpo.objective import Batch, batch_loss
 
+# Beside what batch_loss reads (objective.py), with N = T - 1:
 # input_ids        [B, T] int64: prompt, completion, padding on the right
-# completion_mask  [B, T-1] float32: entry t is 1 if input_ids[:, t + 1] belongs to the completion
-# advantages       [B] float32
-# old_logprobs     [B, T-1] float32: entry t is the log-prob of input_ids[:, t + 1]
-# ref_logprobs     [B, T-1] float32, only if beta > 0
-Batch = dict[str, Tensor]
+# Entry t of every [B, N] tensor is about token input_ids[:, t + 1].
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """Log-prob of every token given those before it; input_ids [B, T] int64, returns [B, T-1] float32.
 
     `model` is called as transformers' causal language models are: model(input_ids=..., use_cache=False).logits.
     """
-    # No attention mask: padding is on the right and attention is causal, so no token that counts sees padding.
-    # The last token predicts nothing that is known, so the model does not see it.
-    logits = model(input_ids=input_ids[:, :-1], attention_mask=None, use_cache=False).logits
-    return selected_logprobs(logits, input_ids[:, 1:], temperature)
+    return selected_logprobs(_logits(model, input_ids), input_ids[:, 1:], temperature, logit_scale, softcap)
 
 
 def grpo_loss(model: nn.Module, batch: Batch, config: GRPOConfig) -> Tensor:
-    """The clipped policy loss plus beta times the KL estimate, reduced as config.loss_type says: a float32 scalar."""
-    mask = batch["completion_mask"]
-    old = batch["old_logprobs"]
-    # A token that does not count gets the old policy's log-prob: no overflow of its ratio reaches the gradient.
-    logprobs = token_logprobs(model, batch["input_ids"], config.temperature).where(mask > 0, old)
-    per_token = clipped_loss(policy_ratio(logprobs, old), batch["advantages"], config.clip_low, config.clip_high)
-    if config.beta:
-        if "ref_logprobs" not in batch:
-            raise MemplanError(f"beta={config.beta} needs batch['ref_logprobs'], [B, T-1]: add them, or set beta=0")
-        per_token = per_token + config.beta * kl_estimate(logprobs, batch["ref_logprobs"], old, config.kl)
-    return reduce_loss(per_token, mask, config)
+    """The policy loss with its KL term and entropy bonus, reduced as config.loss_type says: a float32 scalar."""
+    logits = _logits(model, batch["input_ids"])
+    form = config.temperature, config.logit_scale, config.softcap
+    logprobs = selected_logprobs(logits, batch["input_ids"][:, 1:], *form)
+    entropies = None
+    if config.needs_entropies:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.entropy_bonus != 0):
+            entropies = token_entropies(logits, *form)
+    return batch_loss(logprobs, batch, config, entropies)
 
 
 def make_step(model: nn.Module, config: GRPOConfig | None = None) -> Callable[[Batch], Tensor]:
@@ -54,3 +54,11 @@ def make_step(model: nn.Module, config: GRPOConfig | None = None) -> Callable[[B
         return grpo_loss(model, batch, config)
 
     return step
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Of all tokens but the first, [B, T-1, V]."""
+    # No attention mask: padding is on the right and attention is causal, so no token that counts sees padding.
+    # The last token predicts nothing that is known, so the model does not see it.
+    logits: Tensor = model(input_ids=input_ids[:, :-1], attention_mask=None, use_cache=False).logits
+    return logits

@@ -27,6 +27,15 @@ from memplan.grpo import (
 )
 
 LOSSES = [GRPOConfig(), GRPOConfig(loss_type="bnpo"), GRPOConfig(loss_type="dr_grpo", max_completion_length=7)]
+ALL_LOSSES = [
+    *LOSSES,
+    GRPOConfig(loss_type="dapo"),
+    GRPOConfig(loss_type="luspo", importance_level="sequence"),
+    GRPOConfig(loss_type="cispo", clip_high=5.0),
+    GRPOConfig(loss_type="sapo"),
+    GRPOConfig(loss_type="vespo"),
+]
+ENTROPY = GRPOConfig(entropy_bonus=0.01, top_entropy=0.5, logit_scale=1.5, softcap=30.0)
 KLS = ["k2", "k3", "k3_is"]
 
 
@@ -191,8 +200,8 @@ def test_advantages_need_whole_groups(group_size):
 def test_a_loss_type_that_is_not_offered_is_refused_by_name():
     with pytest.raises(MemplanError, match=r"'dr-grpo' is not offered: .* did you mean 'dr_grpo'\?"):
         GRPOConfig(loss_type="dr-grpo")
-    with pytest.raises(MemplanError, match="'cispo' is not offered: it is one of grpo, bnpo, dr_grpo"):
-        GRPOConfig(loss_type="cispo")
+    with pytest.raises(MemplanError, match="'rloo' is not offered: it is one of grpo, bnpo, dr_grpo, dapo, luspo, ci"):
+        GRPOConfig(loss_type="rloo")
 
 
 @pytest.mark.parametrize(
@@ -216,9 +225,12 @@ def test_options_without_meaning_are_refused(options):
 # The step
 
 
-@pytest.mark.parametrize("config", [*LOSSES, CONFIG], ids=[*map(by_name, LOSSES), "demo"])
+@pytest.mark.parametrize("config", [*ALL_LOSSES, CONFIG, ENTROPY], ids=[*map(by_name, ALL_LOSSES), "demo", "entropy"])
 def test_step_is_one_graph_with_the_same_gradients(model, sampled, config):
-    batch = sampled.batch | {"ref_logprobs": sampled.batch["old_logprobs"] - 0.1}
+    batch = sampled.batch | {
+        "ref_logprobs": sampled.batch["old_logprobs"] - 0.1,
+        "completion_tokens": sampled.batch["completion_mask"].sum(),
+    }
     step, found = make_step(model, config), []
     torch.compiler.reset()
     for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
