@@ -170,39 +170,44 @@ class _Seen:
     """What every block does when the storages `saved` cross."""
 
     def __init__(self, layout: _Layout, machine: Machine, saved: frozenset[int], always: frozenset[int]) -> None:
-        step, self.layout = layout.step, layout
-        blocks = len(layout.ends)
+        step, self.layout, self.machine = layout.step, layout, machine
         runs = schedule(step, saved)
-        self.owners: list[set[int]] = [set() for _ in range(blocks)]  # of what is saved
-        self.again = np.zeros(blocks)
+        self.owners: list[set[int]] = [set() for _ in layout.ends]  # of what is saved
+        self.again = np.zeros(len(layout.ends))
         self.spent = np.zeros((len(layout.stations), 2))
         borrowed = (layout.crossing & saved) - always  # saved only where something runs again
-        station, lent = list[int](), set[int]()
+        station = list[int]()
         for graph, own in zip(step.graphs, runs, strict=True):
             if graph.phase == "forward":
-                mine = layout.forward(own)
-                for run, k in zip(own, mine, strict=True):
-                    self.owners[k].update(saved.intersection(step.ops[run.op].outputs) - borrowed)
-                station += [layout.at[k, True] for k in mine]
+                station += self._forward(own, saved - borrowed)
             else:
-                mine = layout.backward(own, graph.unit)
-                for run, k in zip(own, mine, strict=True):
-                    if run.op not in layout.late:
-                        lent |= borrowed.intersection(step.ops[run.op].inputs)
-                        self.owners[k] |= borrowed.intersection(step.ops[run.op].inputs)
-                    if run.again:
-                        self.again[k] += _seconds(step, run, machine)[0]
-                # What an op reads of an earlier block may be needed by all: the chain goes one way.
-                later = itertools.accumulate(reversed(mine), max)
-                station += [layout.at[k, False] for k in reversed(list(later))]
-        for t in borrowed - lent:
+                station += self._backward(own, graph.unit, borrowed)
+        for t in borrowed.difference(*self.owners):
             self.owners[layout.made[t]].add(t)
-        order = [run for own in runs for run in own]
-        for run, s in zip(order, station, strict=True):
+        for run, s in zip(itertools.chain.from_iterable(runs), station, strict=True):
             if not run.again:
                 self.spent[s] += _seconds(step, run, machine)
         self.size = [sum(step.tensors[t].bytes for t in owned) for owned in self.owners]
         self.most = self._most(_totals(step, runs, saved), station)
+
+    def _forward(self, own: Sequence[Run], saved: frozenset[int]) -> list[int]:
+        """The station of each run; what it makes and saves is its block's."""
+        blocks = self.layout.forward(own)
+        for run, k in zip(own, blocks, strict=True):
+            self.owners[k].update(saved.intersection(self.layout.step.ops[run.op].outputs))
+        return [self.layout.at[k, True] for k in blocks]
+
+    def _backward(self, own: Sequence[Run], unit: int, borrowed: frozenset[int]) -> list[int]:
+        """The station of each run; what it borrows to run again is its block's."""
+        blocks = self.layout.backward(own, unit)
+        for run, k in zip(own, blocks, strict=True):
+            if run.op not in self.layout.late:
+                self.owners[k] |= borrowed.intersection(self.layout.step.ops[run.op].inputs)
+            if run.again:
+                self.again[k] += _seconds(self.layout.step, run, self.machine)[0]
+        # An op that reads from an early block before later blocks are done runs at their station: chains go one way.
+        latest = list(itertools.accumulate(reversed(blocks), max))
+        return [self.layout.at[k, False] for k in reversed(latest)]
 
     def _most(self, totals: Sequence[int], station: Sequence[int]) -> list[int]:
         """The most at each station beyond what other blocks hold."""
