@@ -17,10 +17,23 @@ from memplan.report.comparison import Comparison, compare
 from memplan.report.html import page
 from memplan.report.perfetto import trace
 from memplan.report.png import draw
+from memplan.report.ranking import save as save_ranking
+from memplan.report.ranking import table as ranking_table
+from memplan.report.ranking import to_json as ranking_json
 from memplan.report.snapshot import dump
 from memplan.report.text import summary, table
 
-__all__ = ["Comparison", "check_path", "compare", "save", "summary", "table"]
+__all__ = [
+    "Comparison",
+    "check_path",
+    "compare",
+    "ranking_json",
+    "ranking_table",
+    "save",
+    "save_ranking",
+    "summary",
+    "table",
+]
 
 # Of a Plan, a Timeline or several.
 _PICTURES: dict[str, Callable[[Plan | Timeline | Sequence[Timeline]], str | bytes]] = {

@@ -80,9 +80,19 @@ def choose(step: Step, points: list[Point], available: int) -> Point:
 
 
 def moved(
-    step: Step, points: Sequence[Point], budget: Budget, machine: Machine, small: int, room: float = math.inf
+    step: Step,
+    points: Sequence[Point],
+    budget: Budget,
+    machine: Machine,
+    small: int,
+    room: float = math.inf,
+    limit: float = math.inf,
 ) -> Iterator[Point]:
-    """Points with part of what they save off the device, but for those that leave more than `room` there."""
+    """Points with part of what they save off the device, but for those that leave more than `room` there, or that
+    would have to wait for the bus until the `limit`.
+    """
+    ahead = sum(machine.seconds(op) for op in step.forward.ops)
+    ahead += sum(machine.seconds(step.ops[i]) for i in moved_ahead(step, step.saveable))
     ordered = sorted(points, key=lambda p: -p.crossing)
     for k in sorted({round(i * (len(ordered) - 1) / (MOVED - 1)) for i in range(MOVED)} if ordered else ()):
         point = ordered[k]
@@ -94,7 +104,9 @@ def moved(
         ]
         ways += [(_first(step, oldest, int(share * total)), n) for share in SHARES for n in IN_FLIGHT]
         for wanted, in_flight in ways if total else ():
-            if point.crossing - sum(step.tensors[t].bytes for t in wanted) > room:
+            size = sum(step.tensors[t].bytes for t in wanted)
+            waits = max(0.0, machine.copy_seconds(min(size, budget.host_bytes), "host") - ahead)
+            if point.crossing - size > room or point.seconds + waits >= limit:
                 continue
             off = away(step, point.saved, wanted, budget, machine, in_flight=in_flight, small=small)
             left = point.crossing - sum(step.tensors[t].bytes for t in off)

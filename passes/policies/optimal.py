@@ -54,7 +54,7 @@ def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float
     points = [p for p in path(step, machine, Greedy().points) if p.seconds < limit]
     if budget.host_bytes:
         if limit > enough:
-            points += moved(step, points, budget, machine, small, budget.available - step.base_bytes)
+            points += moved(step, points, budget, machine, small, judge.room, limit)
         for rule in (OffloadLayerInputs(small=small), HandBack(small=small)):
             decisions = rule(step, budget, machine)
             offloads = {t: d for t, d in decisions.items() if isinstance(d, Offload)}

@@ -1,0 +1,161 @@
+"""Rank policies: each one's plan of each step, on each machine, inside each budget.
+
+In: Steps, policies, budgets, machines. Out: a Ranking: what every plan takes in bytes and time, and how far that is
+from the best there can be. Torch-free for recorded steps.
+What must hold: all are judged by the same simulator and bound. Budgets are taken from the smallest up, and a plan that
+a policy made for a smaller one stands if it is faster: so its overhead never rises with the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from memplan import report
+from memplan.errors import MemplanError
+from memplan.ir import Bound, Budget, Machine, Plan, Step
+from memplan.passes import policies
+from memplan.passes.bound import bound
+from memplan.passes.pipeline import evaluate, make_plan, smallest_plan
+from memplan.passes.policies import Policy, name_of
+
+BUDGETS = 6  # of a step for which none are given: from the smallest that anything fits to what save-all takes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan. `peak`, `away`: bytes on the device and on the host, at most. `overhead`: fraction of the step's time
+    with nothing recomputed. `gap`: the same, by which no other plan can be faster. `seconds`: it took to plan.
+    `note`: why there is no plan, or whose it is.
+    """
+
+    step: str
+    machine: str
+    budget: int
+    policy: str
+    fits: bool
+    peak: int = 0
+    away: int = 0
+    overhead: float = math.inf
+    gap: float = math.inf
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rows by step, machine and budget, the fastest first."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        return report.ranking_table(self.rows)
+
+    def to_json(self) -> str:
+        """The rows as JSON."""
+        return report.ranking_json(self.rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as .json, or the overheads over the budgets as .png or .html. Raises MemplanError for others."""
+        report.save_ranking(self.rows, path)
+
+
+def rank(
+    steps: Mapping[str, Step],
+    machines: Sequence[Machine],
+    wanted: Sequence[str | Policy],
+    budgets: Sequence[int] = (),
+    *,
+    host_bytes: int = 0,
+    limit: float = math.inf,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Ranking:
+    """The plans of `wanted` for every step, machine and budget (bytes); without budgets, of each step's own range.
+
+    host_bytes: what may be off the device. limit: seconds that a policy may take for one plan; one that takes longer is
+    stopped, and has no plan. Raises MemplanError for a policy that is not known.
+    """
+    found = [(name_of(one), policies.find(one)) for one in wanted]
+    rows = list[Row]()
+    for name, step in steps.items():
+        for machine in machines:
+            sizes = sorted(budgets) or _range(step, machine, host_bytes)
+            best: dict[str, Plan] = {}
+            for size in sizes:
+                budget = Budget(size, host_bytes=host_bytes)
+                least = bound(step, budget, machine)
+                here = []
+                for label, policy in found:
+                    progress(f"{name} on {machine.name}: {label} inside {size / 1e9:.2f} GB")
+                    plan, row = _planned(step, machine, budget, label, policy, limit)
+                    here.append(_judged(dataclasses.replace(row, step=name), plan, least, best))
+                rows += sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
+    return Ranking(tuple(rows))
+
+
+def _range(step: Step, machine: Machine, host_bytes: int) -> list[int]:
+    """Budgets from the least to what save-all takes, evenly spread on a scale of ratios."""
+    most = evaluate(step, {}, Budget(2**62), machine, "eager", "save-all").peak
+    least = smallest_plan(step, machine, "eager", Budget(0, host_bytes=host_bytes)).peak
+    ratio = (most / max(1, least)) ** (1 / (BUDGETS - 1))
+    return sorted({*(math.ceil(least * ratio**k) for k in range(BUDGETS - 1)), most})
+
+
+def _planned(
+    step: Step, machine: Machine, budget: Budget, label: str, policy: Policy, limit: float
+) -> tuple[Plan | None, Row]:
+    row = Row(step.name, machine.name, budget.bytes, label, False)
+    start = time.perf_counter()
+    try:
+        with _stopped_after(limit, label):
+            plan = make_plan(step, policy, budget, machine, inner="eager", fit=False)
+    except MemplanError as error:
+        seconds = time.perf_counter() - start
+        return None, dataclasses.replace(row, seconds=seconds, note=str(error).partition("\n")[0])
+    return plan, dataclasses.replace(row, seconds=time.perf_counter() - start)
+
+
+def _judged(row: Row, plan: Plan | None, least: Bound, best: dict[str, Plan]) -> Row:
+    """The row of the best plan that the policy has made for this budget or a smaller one."""
+    known = best.get(row.policy)
+    if known is not None and (plan is None or not plan.fits or known.overhead < plan.overhead):
+        note = f"the plan for {known.budget.bytes / 1e9:.2f} GB" + (f"; {row.note}" if row.note else "")
+        plan, row = known, dataclasses.replace(row, note=note)
+    if plan is None:
+        return row
+    fits = plan.fits or plan is known
+    if fits:
+        best[row.policy] = plan
+    gap = (plan.timeline.seconds - least.seconds) / plan.base_seconds if plan.base_seconds and fits else math.inf
+    return dataclasses.replace(
+        row, fits=fits, peak=plan.peak, away=plan.timeline.host_peak, overhead=plan.overhead, gap=gap
+    )
+
+
+@contextmanager
+def _stopped_after(seconds: float, policy: str) -> Iterator[None]:
+    """Raises MemplanError in the block when it takes longer. In the main thread of a process; elsewhere nothing is
+    stopped.
+    """
+    if not 0 < seconds < math.inf:
+        if seconds <= 0:
+            raise MemplanError(f"a limit of {seconds:g} seconds leaves no time to plan; give a positive number")
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise MemplanError(f"policy {policy!r} took longer than {seconds:g} seconds and was stopped")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

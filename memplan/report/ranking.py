@@ -1,0 +1,139 @@
+"""A ranking of policies: a table, JSON, and overhead over budget as a picture, alone or in an offline page.
+
+In: rows (memplan.ranking.Row). Out: text or bytes. In the picture each policy is a line per step and machine, and what
+no plan can beat is the grey line below them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from memplan import serialize
+from memplan.errors import MemplanError
+from memplan.units import human
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Row(Protocol):
+    """What is read of a row."""
+
+    @property
+    def step(self) -> str: ...
+    @property
+    def machine(self) -> str: ...
+    @property
+    def budget(self) -> int: ...
+    @property
+    def policy(self) -> str: ...
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def peak(self) -> int: ...
+    @property
+    def away(self) -> int: ...
+    @property
+    def overhead(self) -> float: ...
+    @property
+    def gap(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def note(self) -> str: ...
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per plan, in groups of a step, a machine and a budget."""
+    lines, group = list[str](), None
+    for row in rows:
+        if group != (row.step, row.machine, row.budget):
+            group = (row.step, row.machine, row.budget)
+            lines += ["", f"{row.step} on {row.machine}, budget {human(row.budget)}"]
+            lines.append(f"  {'policy':24}{'peak':>10}{'host':>10}{'overhead':>10}{'gap':>8}{'planned in':>12}")
+        lines.append(_line(row) + (f"  {row.note}" if row.note else ""))
+    return "\n".join(lines).strip("\n")
+
+
+def _line(row: Row) -> str:
+    planned = f"{row.seconds:.1f} s"
+    if not row.fits:
+        why = human(row.peak) if row.peak else "-"
+        return f"  {row.policy:24}{why:>10}{'':>10}{'no fit':>10}{'':>8}{planned:>12}"
+    away = human(row.away) if row.away else "-"
+    return (
+        f"  {row.policy:24}{human(row.peak):>10}{away:>10}{100 * row.overhead:>+9.2f}%"
+        f"{100 * max(0.0, row.gap):>8.2f}{planned:>12}"
+    )
+
+
+def to_json(rows: Sequence[Any]) -> str:
+    """The rows; what is infinite is null."""
+    plain = [
+        {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in dataclasses.asdict(row).items()}
+        for row in rows
+    ]
+    return json.dumps({"memplan": "Ranking", "rows": plain}, indent=1)
+
+
+def save(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Write it in the format of the path's suffix, whole or not at all."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".png", ".html"):
+        raise MemplanError(f"cannot write a ranking as {os.fspath(path)!r}: the formats are .json, .png and .html")
+    if suffix == ".png":
+        serialize.write(path, _drawn(rows, "png"))
+    else:
+        serialize.write(path, to_json(rows) if suffix == ".json" else _page(rows))
+
+
+def _page(rows: Sequence[Row]) -> str:
+    picture = _drawn(rows, "svg").decode()
+    picture = picture[picture.index("<svg") :]
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>memplan: policies</title>\n'
+        "<style>body{font:14px system-ui;margin:2em;max-width:80em}svg{max-width:100%;height:auto}</style>\n"
+        f"<h1>Policies</h1>\n{picture}\n<pre>{html.escape(table(rows))}</pre></html>\n"
+    )
+
+
+def _drawn(rows: Sequence[Row], kind: str) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys((row.step, row.machine) for row in rows))
+    figure: Figure = Figure(figsize=(10, 4.5 * max(1, len(groups))), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, group in zip(figure.subplots(max(1, len(groups)), squeeze=False)[:, 0], groups, strict=False):
+        _curves(axes, [row for row in rows if (row.step, row.machine) == group and row.fits])
+        axes.set_title(f"{group[0]} on {group[1]}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def _curves(axes: Axes, rows: Sequence[Row]) -> None:
+    for policy in sorted({row.policy for row in rows}):
+        own = sorted((row.budget / 1e9, 100 * row.overhead) for row in rows if row.policy == policy)
+        axes.plot(*zip(*own, strict=True), marker="o", markersize=4, label=policy)
+    least = sorted({(row.budget / 1e9, 100 * (row.overhead - row.gap)) for row in rows if math.isfinite(row.gap)})
+    if least:
+        lowest: dict[float, float] = {}
+        for budget, value in least:
+            lowest[budget] = max(0.0, min(value, lowest.get(budget, math.inf)))
+        axes.fill_between(list(lowest), list(lowest.values()), color="0.85", label="no plan can be faster")
+    axes.set_xlabel("budget, GB")
+    axes.set_ylabel("overhead, % of the step's time")
+    axes.set_yscale("symlog", linthresh=10)  # policies differ by tenths of a percent, and by a hundred
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

@@ -1,0 +1,113 @@
+"""Rankings: the same judge for all, overheads that never rise with the budget, and policies that misbehave named."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from memplan.errors import MemplanError
+from memplan.ir import Budget, Decisions, Machine, Recompute, Step
+from memplan.passes.pipeline import make_plan
+from memplan.passes.policies import policy
+from memplan.passes.policies.greedy import Greedy
+from memplan.ranking import Ranking, rank
+from tests.torch_free.conftest import MACHINE, SIZE, make_step
+
+BUS = dataclasses.replace(MACHINE, host_bandwidth=1e9, unified=False)
+
+
+@policy("hasty")
+def hasty(step: Step, budget: Budget, machine: Machine) -> Decisions:
+    """With much room it does worse than with less."""
+    if budget.available < step.base_bytes + 8 * SIZE:
+        return Greedy()(step, budget, machine)
+    return dict.fromkeys(step.read_in_backward, Recompute())
+
+
+@policy("asleep")
+def asleep(step: Step, budget: Budget, machine: Machine) -> Decisions:
+    time.sleep(30)
+    return {}
+
+
+@pytest.fixture(scope="module")
+def ranking() -> Ranking:
+    return rank({"toy": make_step(8)}, [BUS], ["optimal", "greedy", "save-all", hasty], host_bytes=10**9)
+
+
+def test_every_row_is_a_plan_that_the_pipeline_makes(ranking: Ranking) -> None:
+    step = make_step(8)
+    rows = [row for row in ranking.rows if row.fits and not row.note]
+    assert {row.policy for row in rows} == {"optimal", "greedy", "save-all", "hasty"}
+    for row in rows:
+        made = make_plan(
+            step,
+            hasty if row.policy == "hasty" else row.policy,
+            Budget(row.budget, host_bytes=10**9),
+            BUS,
+            inner="eager",
+        )
+        assert (row.peak, row.overhead) == (made.peak, made.overhead)
+
+
+def test_overheads_never_rise_and_the_planner_leads(ranking: Ranking) -> None:
+    for name in ("optimal", "greedy", "save-all", "hasty"):
+        rows = [row for row in ranking.rows if row.policy == name and row.fits]
+        assert rows
+        for smaller, larger in itertools.pairwise(rows):
+            assert smaller.budget < larger.budget
+            assert larger.overhead <= smaller.overhead
+    assert any(row.note.startswith("the plan for") for row in ranking.rows if row.policy == "hasty")
+    for _, group in itertools.groupby(ranking.rows, key=lambda row: row.budget):
+        here = {row.policy: row for row in group}
+        assert here["optimal"].fits
+        assert here["optimal"].overhead == min(row.overhead for row in here.values() if row.fits)
+        assert all(row.gap > -1e-9 for row in here.values() if row.fits)
+
+
+def test_a_policy_that_takes_too_long_is_stopped_and_named() -> None:
+    start = time.perf_counter()
+    found = rank({"toy": make_step(2)}, [BUS], [asleep, "save-all"], [10**9], limit=0.5)
+    assert time.perf_counter() - start < 20
+    stopped = next(row for row in found.rows if row.policy == "asleep")
+    assert not stopped.fits
+    assert stopped.note == "policy 'asleep' took longer than 0.5 seconds and was stopped"
+    assert "asleep" in str(found)
+
+
+def test_a_limit_of_nothing_is_refused_in_every_row() -> None:
+    found = rank({"toy": make_step(2)}, [BUS], ["save-all"], [10**9], limit=0)
+    assert "give a positive number" in found.rows[0].note
+
+
+def test_unknown_policies_are_refused() -> None:
+    with pytest.raises(MemplanError, match=r"no policy is called 'optimum'.*optimal"):
+        rank({"toy": make_step(2)}, [BUS], ["optimum"])
+
+
+@pytest.mark.parametrize("suffix", ["json", "png", "html"])
+def test_it_is_saved_whole(ranking: Ranking, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"ranking.{suffix}"
+    ranking.save(path)
+    data = path.read_bytes()
+    if suffix == "json":
+        rows = json.loads(data)["rows"]
+        assert [row["policy"] for row in rows] == [row.policy for row in ranking.rows]
+        assert all(row["gap"] is None or math.isfinite(row["gap"]) for row in rows)
+    elif suffix == "png":
+        assert data.startswith(b"\x89PNG")
+    else:
+        assert b"<svg" in data and b"optimal" in data
+        assert not re.search(rb'(?:src|href)="https?:', data)  # nothing is fetched
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_formats_are_refused(ranking: Ranking, tmp_path: Path) -> None:
+    with pytest.raises(MemplanError, match=re.escape("the formats are .json, .png and .html")):
+        ranking.save(tmp_path / "ranking.csv")
+    assert not list(tmp_path.iterdir())
