@@ -24,6 +24,7 @@ from memplan.passes import policies
 from memplan.passes.bound import bound
 from memplan.passes.pipeline import evaluate, make_plan, smallest_plan
 from memplan.passes.policies import Policy, name_of
+from memplan.units import human
 
 BUDGETS = 6  # of a step for which none are given: from the smallest that anything fits to what save-all takes
 
@@ -92,7 +93,7 @@ def rank(
                 least = bound(step, budget, machine)
                 here = []
                 for label, policy in found:
-                    progress(f"{name} on {machine.name}: {label} inside {size / 1e9:.2f} GB")
+                    progress(f"{name} on {machine.name}: {label} inside {human(size)}")
                     plan, row = _planned(step, machine, budget, label, policy, limit)
                     here.append(_judged(dataclasses.replace(row, step=name), plan, least, best))
                 rows += sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
@@ -125,7 +126,7 @@ def _judged(row: Row, plan: Plan | None, least: Bound, best: dict[str, Plan]) ->
     """The row of the best plan that the policy has made for this budget or a smaller one."""
     known = best.get(row.policy)
     if known is not None and (plan is None or not plan.fits or known.overhead < plan.overhead):
-        note = f"the plan for {known.budget.bytes / 1e9:.2f} GB" + (f"; {row.note}" if row.note else "")
+        note = f"the plan for {human(known.budget.bytes)}" + (f"; {row.note}" if row.note else "")
         plan, row = known, dataclasses.replace(row, note=note)
     if plan is None:
         return row
