@@ -34,7 +34,8 @@ def demo(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Plan a train step without running it; exits 3 when it does not fit.
 
-    FILE.py:make_step names a function without arguments that returns (step, batch).
+    FILE.py:make_step names a function without arguments that returns (step, batch). With --largest: how large that
+    batch may become; exits 3 when not even the smallest fits.
     """
     given = {
         name: getattr(arguments, name)
@@ -44,19 +45,19 @@ def plan(arguments: argparse.Namespace) -> int:
     if options.out:
         report.check_path(Plan, options.out)  # planning may take a minute
     step, batch = _make_step(arguments.target)
-    with _progress(f"planning {arguments.target}"):
-        made: Plan = memplan.plan(
-            step,
-            batch,
-            budget=options.budget,
-            host_budget=options.host_budget,
-            machine=options.machine,
-            policy=options.policy,
-            inner=options.inner,
-            optimizer=options.optimizer,
-            tiles=arguments.tiles,
-        )
-    print(serialize.to_json(made) if arguments.json else made)
+    names = ("budget", "host_budget", "machine", "policy", "inner", "optimizer")
+    asked = {name: getattr(options, name) for name in names} | {"tiles": arguments.tiles}
+    if arguments.largest:
+        from memplan.api import find_largest  # which is not torch-free
+
+        with _progress(f"planning {arguments.target} at many sizes"):
+            found = find_largest(step, batch, arguments.largest, **asked)
+        made = found.plan
+        print(found.to_json() if arguments.json else found)
+    else:
+        with _progress(f"planning {arguments.target}"):
+            made = memplan.plan(step, batch, **asked)
+        print(serialize.to_json(made) if arguments.json else made)
     if options.out:
         report.save(made, options.out)
     return 0 if made.fits else 3
@@ -149,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--optimizer", help="torch.optim's name of it, such as adamw: its states and its step count")
     command.add_argument(
         "--tiles", type=_rows, help='rows of a slice, lm_head=256,mlp=1024, or "auto"; default: no slices'
+    )
+    command.add_argument(
+        "--largest",
+        choices=("tokens", "batch"),
+        help="print the largest size that fits of the batch's second dimension (tokens) or first (batch)",
     )
     _output(command)
 
