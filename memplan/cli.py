@@ -42,8 +42,7 @@ def plan(arguments: argparse.Namespace) -> int:
         for name in ("budget", "host_budget", "machine", "policy", "inner", "out", "optimizer", "tiles")
     }
     options = Options.read(given)
-    if options.out:
-        report.check_path(Plan, options.out)  # planning may take a minute
+    _check_out(Plan, options.out, arguments.force or arguments.out is None)  # MEMPLAN_OUT is for runs that plan again
     step, batch = _make_step(arguments.target)
     names = ("budget", "host_budget", "machine", "policy", "inner", "optimizer")
     asked = {name: getattr(options, name) for name in names} | {"tiles": arguments.tiles}
@@ -65,6 +64,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def timeline(arguments: argparse.Namespace) -> int:
     """Print a saved plan or timeline, and convert it with -o."""
+    _check_out(Timeline, arguments.out, arguments.force)
     with _progress(f"reading {arguments.path}"):
         value = _load(arguments.path)
         if arguments.out:
@@ -76,6 +76,7 @@ def timeline(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two saved plans or timelines, and draw both with -o."""
+    _check_out(report.Comparison, arguments.out, arguments.force)
     with _progress(f"comparing {arguments.a} and {arguments.b}"):
         found = report.compare(_load(arguments.a), _load(arguments.b))
         if arguments.out:
@@ -90,8 +91,7 @@ def record_step(arguments: argparse.Namespace) -> int:
     FILE.py:make_step names a function without arguments that returns (step, batch). A loss that step(batch) returns is
     run backward, if that is still to be done.
     """
-    if arguments.out:
-        report.check_path(Timeline, arguments.out)
+    _check_out(Timeline, arguments.out, arguments.force)
     step, batch = _make_step(arguments.target)
 
     def run() -> None:
@@ -178,6 +178,16 @@ def _output(command: argparse.ArgumentParser, out: str = "") -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
     formats = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
     command.add_argument("-o", "--out", metavar="PATH", help=out or f"also save it, as {formats}")
+    command.add_argument("-f", "--force", action="store_true", help="overwrite the file that -o names if it exists")
+
+
+def _check_out(kind: type, out: str | None, overwrite: bool) -> None:
+    """Before any work, which may take minutes: the file can be written, and nobody's is lost."""
+    if out is None:
+        return
+    report.check_path(kind, out)
+    if Path(out).exists() and not overwrite:
+        raise MemplanError(f"{out!r} exists already: give -f to overwrite it, or name another file with -o")
 
 
 def _progress(what: str) -> AbstractContextManager[Any]:

@@ -160,6 +160,31 @@ def test_timeline_and_compare(plan: Plan, tmp_path: Path, capsys: pytest.Capture
     assert "the formats are .html" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["plan {script}:make_step", "timeline {saved}", "compare {saved} {saved}"])
+def test_an_existing_file_is_kept_unless_forced(
+    command: str, script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, out = tmp_path / "saved.json", tmp_path / "out.html"
+    plan.save(saved)
+    out.write_text("mine")
+    arguments = [*command.format(script=script, saved=saved).split(), "-o", str(out)]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"memplan: {str(out)!r} exists already: give -f")
+    assert calls == [] and out.read_text() == "mine"
+    assert main([*arguments, "-f"]) == 0
+    assert out.read_text() != "mine"
+    out.unlink()
+    assert main(arguments) == 0 and out.exists()
+
+
+def test_what_cannot_be_written_is_said_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the saved files are even looked for."""
+    for command in (["timeline", "absent.json"], ["compare", "absent.json", "absent.json"]):
+        assert main([*command, "-o", "x.txt"]) == 2
+        assert "the formats are" in capsys.readouterr().err
+
+
 def test_files_that_are_not_timelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}")
