@@ -28,7 +28,8 @@ from memplan.runtime.held import Watch
 
 AROUND = 1024  # bytes kept for what runs around generated code: seeds of gradients, kernels' own odd bytes
 
-log = logging.getLogger("torch.memplan")
+log = logging.getLogger("torch.memplan")  # below torch's own, whose handler writes torch's format
+log.setLevel(logging.getLogger("memplan").level)  # TORCH_LOGS="+memplan" sets that of the package's name
 
 
 def memplan_backend(
@@ -53,6 +54,7 @@ def memplan_backend(
         notes=tuple(_limits(graph)),
         tiles=read.tiles,
     )
+    log.debug("a graph of %d nodes, planned with %s", len(graph.graph.nodes), read)
     step = whole_step(compile_call(), read.optimizer)
     if step is not None:
         step.several = step.several or bool(broken_at(graph)) or nested() or _goes_on(graph)
