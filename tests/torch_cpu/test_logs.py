@@ -1,4 +1,6 @@
-"""What TORCH_LOGS shows of memplan. It is read when torch is imported, so each test is a process of its own."""
+"""What torch's own switches show of memplan: TORCH_LOGS its log, TORCH_TRACE its plans. Both are read when torch is
+imported, so each test is a process of its own.
+"""
 
 import os
 import re
@@ -7,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from memplan.ir import Plan
+from memplan.serialize import from_json
 
 SCRIPT = """
 import torch
@@ -49,3 +54,12 @@ def test_torch_logs(setting: str, levels: str) -> None:
     assert {level for level, _ in seen} == set(levels)
     assert any(level == "W" and "a graph break at" in message for level, message in seen) == ("W" in levels)
     assert any(level == "I" and "fits: peak" in message for level, message in seen) == ("I" in levels)
+
+
+def test_torch_trace(tmp_path: Path) -> None:
+    run(TORCH_TRACE=str(tmp_path))
+    (log,) = tmp_path.iterdir()
+    metadata, payload = re.findall(r"^V.*\] (\{.*\"memplan_plan\".*\})\n((?:\t.*\n)+)", log.read_text(), re.M)[-1]
+    assert '"encoding": "json"' in metadata
+    plan = from_json(payload.replace("\t", ""), Plan)
+    assert plan.fits and plan.budget.bytes == 10**6 and len(plan.step.graphs) == 4  # of both graphs: the last adopted
