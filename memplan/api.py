@@ -74,12 +74,19 @@ def largest(step: Callable[..., Any], batch: Any, dimension: Literal["tokens", "
     return find_largest(step, batch, dimension, **options).size
 
 
-def find_largest(step: Callable[..., Any], batch: Any, dimension: str, **options: Any) -> Largest:
-    """The same, with the plans at that size and at the next."""
+def find_largest(
+    step: Callable[..., Any],
+    batch: Any,
+    dimension: str,
+    *,
+    tried: Callable[[int], None] = lambda size: None,
+    **options: Any,
+) -> Largest:
+    """The same, with the plans at that size and at the next. `tried` is told of each size before it is planned."""
     from memplan.passes.largest import largest
 
     partitioner, read = _asked(**options)
-    return largest(step, (batch,), dimension, partitioner, read.optimizer)
+    return largest(step, (batch,), dimension, partitioner, read.optimizer, tried)
 
 
 def _asked(**given: Any) -> tuple[Partitioner, Options]:

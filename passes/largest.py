@@ -72,16 +72,21 @@ class Largest:
 
 
 def largest(
-    step: Callable[..., Any], batch: Sequence[Any], dimension: str, partitioner: Partitioner, optimizer: Any = None
+    step: Callable[..., Any],
+    batch: Sequence[Any],
+    dimension: str,
+    partitioner: Partitioner,
+    optimizer: Any = None,
+    tried: Callable[[int], None] = lambda size: None,
 ) -> Largest:
-    """The largest size of the batch's `dimension` that fits.
+    """The largest size of the batch's `dimension` that fits. `tried` is told of each size before it is planned.
 
     Raises DoesNotFit where the smallest does not fit, MemplanError where the step holds for one size alone.
     """
     opened = _Batch(batch, dimension)
     try:
         sizes, start = traced(
-            step, batch, partitioner, optimizer, opened.mode, opened.fakes, functools.partial(_about, opened),
+            step, batch, partitioner, optimizer, opened.mode, opened.fakes, functools.partial(_about, opened, tried),
             opened.symbols,
         )  # fmt: skip
     except MemplanError:
@@ -131,9 +136,9 @@ def border(fits: Callable[[int], bool], start: int, stride: int = 1) -> int:
     return low
 
 
-def _about(opened: _Batch, by: Partitioner, step_of: StepOf) -> tuple[_Sizes, int]:
+def _about(opened: _Batch, tried: Callable[[int], None], by: Partitioner, step_of: StepOf) -> tuple[_Sizes, int]:
     """Where the largest size is, by plans of the open trace. Measuring runs ops, and none that are far too large."""
-    sizes = _Sizes(opened)
+    sizes = _Sizes(opened, tried)
 
     @functools.cache
     def fits(value: int, measure: bool) -> bool:
@@ -200,7 +205,8 @@ class _Batch:
 class _Sizes:
     """What sizes a step takes, as far as its trace goes. All follow from the value of one symbol."""
 
-    def __init__(self, opened: _Batch) -> None:
+    def __init__(self, opened: _Batch, tried: Callable[[int], None]) -> None:
+        self.tried = tried
         self.size, environment = opened.size, opened.environment
         symbols: set[sympy.Symbol] = self.size.node.expr.free_symbols
         if not symbols:
@@ -235,7 +241,10 @@ class _Sizes:
 
         def known(value: int) -> bool:
             taken = self.at_most(value)
-            return value < self.start if taken is None else fits(taken)
+            if taken is None:
+                return value < self.start
+            self.tried(self.of(taken))
+            return fits(taken)
 
         return known
 

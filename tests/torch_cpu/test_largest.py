@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import memplan
+from memplan.api import find_largest
 from memplan.cli import main
 from memplan.errors import DoesNotFit, MemplanError
 from memplan.passes.largest import border
@@ -112,6 +113,13 @@ def test_bad_input() -> None:
         memplan.largest(net, torch.randn(4, 1), "tokens")
     with pytest.raises(KeyError, match="mine"):  # the step's own error is what is raised
         memplan.largest(lambda x: {}["mine"], torch.randn(4, 8), "batch")
+
+
+def test_each_size_is_told_before_it_is_planned() -> None:
+    seen: list[int] = []
+    budget = needed(Net(), torch.randn(9, 8), inner="eager")
+    found = find_largest(Net(), torch.randn(4, 8), "batch", budget=budget, inner="eager", tried=seen.append)
+    assert found.size == 9 and {4, 9, 10} <= set(seen)
 
 
 def test_nothing_fits() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -207,6 +208,12 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
         main(["plan", "--help"])
     assert e.value.code == 0
     assert "exits 3 when it does not fit" in capsys.readouterr().out
+    for command in ("plan", "timeline", "compare", "record-step", "demo"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        arguments = re.findall(r"^  (\S.*?)(?:  +(\S.*))?$((?:\n {4,}\S.*)*)", text.partition("arguments:")[2], re.M)
+        assert all(first or more for _, first, more in arguments), f"{command} has an argument without a help"
     with pytest.raises(SystemExit) as e:
         main([])
     assert e.value.code == 2
