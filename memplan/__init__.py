@@ -20,6 +20,7 @@ if not os.path.isdir(os.path.join(__path__[0], "passes")):
 
 _HOME = {
     "plan": "memplan.api",
+    "largest": "memplan.api",
     "compile": "memplan.api",
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
@@ -45,6 +46,7 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from memplan.api import compile as compile
+    from memplan.api import largest as largest
     from memplan.api import plan as plan
     from memplan.api import timeline as timeline
     from memplan.errors import DoesNotFit as DoesNotFit

@@ -1,14 +1,18 @@
-"""plan and timeline: look before you run. compile: a whole step, its backward included."""
+"""plan, largest and timeline: look before you run. compile: a whole step, its backward included."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from memplan.ir import Machine, Plan, Timeline
 from memplan.options import Options, read_budget
+
+if TYPE_CHECKING:
+    from memplan.passes.largest import Largest
+    from memplan.passes.partition import Partitioner
 
 
 def plan(
@@ -38,34 +42,70 @@ def plan(
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
     """
-    from memplan.here import this_machine
-    from memplan.passes.partition import Partitioner
     from memplan.passes.pipeline import make_plan
     from memplan.passes.trace import trace
 
-    given = {
-        "budget": budget,
-        "machine": machine,
-        "policy": policy,
-        "inner": inner,
-        "optimizer": optimizer,
-        "tiles": tiles,
-        "host_budget": host_budget,
-    }
+    partitioner, options = _asked(
+        budget=budget,
+        machine=machine,
+        policy=policy,
+        inner=inner,
+        optimizer=optimizer,
+        tiles=tiles,
+        host_budget=host_budget,
+    )
+    traced = trace(step, batch, partitioner, options.optimizer)
+    return make_plan(traced, options.policy, partitioner.budget, partitioner.machine, inner=options.inner)
+
+
+def largest(step: Callable[..., Any], batch: Any, dimension: Literal["tokens", "batch"], **options: Any) -> int:
+    """The largest tokens, or batch, for which `step(batch)` fits the budget.
+
+    dimension: "batch" is the first dimension of the batch's tensors, "tokens" the second. The size is that of the first
+        tensor that has 2 or more in it; all others of that size change with it, and those whose size the step relates
+        to it (tokens - 1).
+    options: budget, machine, policy, inner, optimizer, tiles and host_budget, as in memplan.plan.
+    Guaranteed: memplan.plan fits at that size, and does not at the next one that the step takes. Peaks may fall by some
+    bytes as a size grows, so a still larger one may fit again. What the step takes is what its trace allows: with
+    `if tokens > 4096` in it, the sizes of the batch's own branch; with a reshape to blocks of 64, multiples of 64.
+    Raises DoesNotFit where the smallest size does not fit, MemplanError with torch's reason where the step takes one
+    size alone. Nothing is left behind.
+    """
+    return find_largest(step, batch, dimension, **options).size
+
+
+def find_largest(
+    step: Callable[..., Any],
+    batch: Any,
+    dimension: str,
+    *,
+    tried: Callable[[int], None] = lambda size: None,
+    **options: Any,
+) -> Largest:
+    """The same, with the plans at that size and at the next. `tried` is told of each size before it is planned."""
+    from memplan.passes.largest import largest
+
+    partitioner, read = _asked(**options)
+    return largest(step, (batch,), dimension, partitioner, read.optimizer, tried)
+
+
+def _asked(**given: Any) -> tuple[Partitioner, Options]:
+    """The options, and a partitioner that plans by them for a machine that need not be there."""
+    from memplan.here import this_machine
+    from memplan.passes.partition import Partitioner
+
     options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
     target = options.machine or this_machine("cpu")
-    allowed = read_budget(options.budget, target, host=options.host_budget)
     partitioner = Partitioner(
         policy=options.policy,
-        budget=allowed,
+        budget=read_budget(options.budget, target, host=options.host_budget),
         machine=target,
         inner=options.inner,
         on_plan=lambda *_: None,
         measure=options.machine is None,
         tiles=options.tiles,
     )
-    traced = trace(step, batch, partitioner, options.optimizer)
-    return make_plan(traced, options.policy, allowed, target, inner=options.inner)
+    return partitioner, options
 
 
 def compile(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._logging._internal import trace_structured
 
 from memplan.errors import MemplanError
 from memplan.here import this_machine
@@ -25,10 +26,12 @@ from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
 from memplan.passes.whole_step import WholeStep
 from memplan.runtime.held import Watch
+from memplan.serialize import to_json
 
 AROUND = 1024  # bytes kept for what runs around generated code: seeds of gradients, kernels' own odd bytes
 
-log = logging.getLogger("torch.memplan")
+log = logging.getLogger("torch.memplan")  # below torch's own, whose handler writes torch's format
+log.setLevel(logging.getLogger("memplan").level)  # TORCH_LOGS="+memplan" sets that of the package's name
 
 
 def memplan_backend(
@@ -53,6 +56,7 @@ def memplan_backend(
         notes=tuple(_limits(graph)),
         tiles=read.tiles,
     )
+    log.debug("a graph of %d nodes, planned with %s", len(graph.graph.nodes), read)
     step = whole_step(compile_call(), read.optimizer)
     if step is not None:
         step.several = step.several or bool(broken_at(graph)) or nested() or _goes_on(graph)
@@ -105,6 +109,13 @@ def _goes_on(graph: fx.GraphModule) -> bool:
 
 
 def _report(plan: Plan, options: Options) -> None:
+    """Say which plan is adopted: in the log, in torch's structured trace (TORCH_TRACE, tlparse), in option `out`."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "memplan_plan", "encoding": "json"},
+        payload_fn=lambda: to_json(plan),
+        expect_trace_id=False,  # a plan for other sizes is made outside of Dynamo
+    )
     log.info("%s", plan)
     for note in plan.notes:
         log.info("%s", note)

@@ -12,21 +12,30 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
 import memplan
 from memplan import report, serialize
 from memplan.errors import DoesNotFit, MemplanError, did_you_mean
 from memplan.ir import Plan, Timeline
+from memplan.machines import machines
 from memplan.options import Options
+from memplan.passes.policies import builtin
+
+FORMATS = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
+SAVED = "a .json file that -o of plan or record-step, option out or .save() wrote"
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    """Train a small GRPO step unplanned and planned, and show what the plan saves."""
+    """Train a small GRPO step unplanned and planned, and show what the plan saves.
+
+    It takes a minute on a CPU, downloads nothing, and writes timeline.html, timeline.png and timeline.json, over those
+    of the last time.
+    """
     importlib.import_module("memplan.demo").run(inner=arguments.inner, out=arguments.out)
     return 0
 
@@ -34,64 +43,89 @@ def demo(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Plan a train step without running it; exits 3 when it does not fit.
 
-    FILE.py:make_step names a function without arguments that returns (step, batch).
+        memplan plan train.py:make_step --budget 24GB --machine rtx4090 --optimizer adamw
+        memplan plan train.py:make_step --budget 24GB --machine rtx4090 --largest tokens
+
+    Prints what is kept, recomputed and offloaded, where the peak is, and whether it fits. A model made under
+    torch.device("meta") takes no memory. With --largest it exits 3 when not even the smallest size fits.
     """
     given = {
         name: getattr(arguments, name)
         for name in ("budget", "host_budget", "machine", "policy", "inner", "out", "optimizer", "tiles")
     }
     options = Options.read(given)
+    _check_out(Plan, options.out, arguments.force or arguments.out is None)  # MEMPLAN_OUT is for runs that plan again
+    with _progress(f"loading {arguments.target}"):
+        step, batch = _make_step(arguments.target)
+    names = ("budget", "host_budget", "machine", "policy", "inner", "optimizer")
+    asked = {name: getattr(options, name) for name in names} | {"tiles": arguments.tiles}
+    if arguments.largest:
+        from memplan.api import find_largest  # which is not torch-free
+
+        with _progress(f"planning {arguments.target} at many sizes") as status:
+            found = find_largest(
+                step,
+                batch,
+                arguments.largest,
+                tried=lambda size: status.update(f"planning {arguments.target}: {arguments.largest} of {size:,} ..."),
+                **asked,
+            )
+        made, text = found.plan, found.to_json() if arguments.json else str(found)
+    else:
+        with _progress(f"planning {arguments.target}"):
+            made = memplan.plan(step, batch, **asked)
+            text = serialize.to_json(made) if arguments.json else str(made)
+    print(text)
     if options.out:
-        report.check_path(Plan, options.out)  # planning may take a minute
-    step, batch = _make_step(arguments.target)
-    with _progress(f"planning {arguments.target}"):
-        made: Plan = memplan.plan(
-            step,
-            batch,
-            budget=options.budget,
-            host_budget=options.host_budget,
-            machine=options.machine,
-            policy=options.policy,
-            inner=options.inner,
-            optimizer=options.optimizer,
-            tiles=arguments.tiles,
-        )
-    print(serialize.to_json(made) if arguments.json else made)
-    if options.out:
-        report.save(made, options.out)
+        with _progress(f"writing {options.out}"):
+            report.save(made, options.out)
     return 0 if made.fits else 3
 
 
 def timeline(arguments: argparse.Namespace) -> int:
-    """Print a saved plan or timeline, and convert it with -o."""
+    """Print a saved plan or timeline, and convert it with -o.
+
+    memplan timeline plan.json -o plan.html
+    """
+    _check_out(Timeline, arguments.out, arguments.force)
     with _progress(f"reading {arguments.path}"):
         value = _load(arguments.path)
         if arguments.out:
             report.save(value, arguments.out)
-    text = report.table(value) if isinstance(value, Plan) else report.summary(value)
-    print(serialize.to_json(value) if arguments.json else text)
+        text = report.table(value) if isinstance(value, Plan) else report.summary(value)
+        text = serialize.to_json(value) if arguments.json else text
+    print(text)
     return 0
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Compare two saved plans or timelines, and draw both with -o."""
+    """Compare two saved plans or timelines, and draw both with -o.
+
+        memplan compare planned.json seen.json -o both.html
+
+    Prints their peaks by kind, where they differ most, and what is alive at one peak alone.
+    """
+    _check_out(report.Comparison, arguments.out, arguments.force)
     with _progress(f"comparing {arguments.a} and {arguments.b}"):
         found = report.compare(_load(arguments.a), _load(arguments.b))
         if arguments.out:
             found.save(arguments.out)
-    print(found.to_json() if arguments.json else found)
+        text = found.to_json() if arguments.json else str(found)
+    print(text)
     return 0
 
 
 def record_step(arguments: argparse.Namespace) -> int:
     """Run a train step once to warm up, record it the second time, and say where its bytes were.
 
-    FILE.py:make_step names a function without arguments that returns (step, batch). A loss that step(batch) returns is
-    run backward, if that is still to be done.
+        memplan record-step train.py:make_step -o seen.html
+
+    The step may be any code, planned or not. A loss that step(batch) returns is run backward, if that is still to be
+    done.
     """
-    if arguments.out:
-        report.check_path(Timeline, arguments.out)
-    step, batch = _make_step(arguments.target)
+    _check_out(Timeline, arguments.out, arguments.force)
+    with _progress(f"loading {arguments.target}"):
+        step, batch = _make_step(arguments.target)
 
     def run() -> None:
         loss = step(batch)
@@ -106,7 +140,8 @@ def record_step(arguments: argparse.Namespace) -> int:
         found = dataclasses.replace(seen.timeline, title=f"{arguments.target}, {seen.timeline.title}")
         if arguments.out:
             report.save(found, arguments.out)
-    print(serialize.to_json(found) if arguments.json else report.summary(found))
+        text = serialize.to_json(found) if arguments.json else report.summary(found)
+    print(text)
     return 0
 
 
@@ -125,56 +160,120 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("memplan", description=(memplan.__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "memplan",
+        description=(memplan.__doc__ or "").split("\n")[0],
+        epilog="memplan COMMAND --help says more. Exit codes: 0 done, 2 bad input, 3 the step does not fit its budget.",
+    )
     parser.add_argument("--version", action="version", version=memplan.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         text = inspect.getdoc(command) or ""
-        out = commands.add_parser(command.__name__.replace("_", "-"), help=text.split("\n")[0], description=text)
+        out = commands.add_parser(
+            command.__name__.replace("_", "-"),
+            help=text.split("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         out.set_defaults(command=command)
         return out
 
     command = add(demo)
-    command.add_argument("--inner", choices=("eager", "inductor"), default="eager", help="what runs the graphs")
-    command.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path(), help="folder for what it writes")
+    command.add_argument(
+        "--inner", choices=("eager", "inductor"), default="eager", help="what runs the graphs; default eager"
+    )
+    command.add_argument(
+        "-o", "--out", metavar="DIR", type=Path, default=Path(), help="folder for its three files; default this one"
+    )
 
     command = add(plan)
-    command.add_argument("target", metavar="FILE.py:make_step")
-    command.add_argument("--budget", help='"24GB" or "50%%"; default MEMPLAN_BUDGET, else the whole device')
-    command.add_argument("--host-budget", help='likewise, of the host; "0B" for none; default half of what is free')
-    command.add_argument("--machine", help="a name of the device table, such as rtx4090; default this one")
-    command.add_argument("--policy", help="default MEMPLAN_POLICY, else greedy")
-    command.add_argument("--inner", choices=("inductor", "eager"), help="what will run the graphs; default inductor")
-    command.add_argument("--optimizer", help="torch.optim's name of it, such as adamw: its states and its step count")
+    _target(command)
+    _planning(command)
     command.add_argument(
-        "--tiles", type=_rows, help='rows of a slice, lm_head=256,mlp=1024, or "auto"; default: no slices'
+        "--largest",
+        choices=("tokens", "batch"),
+        help="instead, print the largest size of the batch's second dimension (tokens) or first (batch) that fits",
     )
-    _output(command)
+    _output(command, f"also save the plan (with --largest, that of the largest size) as {FORMATS}")
 
     command = add(timeline)
-    command.add_argument("path", metavar="PATH")
+    command.add_argument("path", metavar="PATH", help=SAVED)
     _output(command)
 
     command = add(compare)
-    command.add_argument("a", metavar="A")
-    command.add_argument("b", metavar="B")
+    command.add_argument("a", metavar="A", help=SAVED)
+    command.add_argument("b", metavar="B", help="another one; differences are b - a")
     _output(command, "also draw both, as .html or .png, or save them as .pickle or .perfetto-trace")
 
     command = add(record_step)
-    command.add_argument("target", metavar="FILE.py:make_step")
+    _target(command)
     command.add_argument("--device", help="cpu or cuda; default cuda if there is one")
     _output(command)
     return parser
 
 
+def _target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "target",
+        metavar="FILE.py:make_step",
+        help="a Python file, and a function in it that takes no arguments and returns the pair (step, batch)",
+    )
+
+
+def _planning(command: argparse.ArgumentParser) -> None:
+    """The options of memplan.plan."""
+    command.add_argument(
+        "--budget", metavar="SIZE", help='"24GB", "50%%" of the device; default MEMPLAN_BUDGET, else the whole device'
+    )
+    command.add_argument(
+        "--host-budget",
+        metavar="SIZE",
+        help="what may be off the device at a time, in the host's memory, written as a budget is; 0: nothing; default "
+        "half of what is free here, and nothing where host and device share one memory",
+    )
+    command.add_argument(
+        "--machine", metavar="NAME", help=f"the machine to plan for: {', '.join(machines())}; default this one"
+    )
+    command.add_argument(
+        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else greedy"
+    )
+    command.add_argument(
+        "--inner",
+        choices=("inductor", "eager"),
+        help="what will run the graphs: of eager bytes are exact, of inductor an estimate; default inductor",
+    )
+    command.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        help="torch.optim's name of what will update the parameters, such as adamw, so that its states and what its "
+        "step takes count; default the one that has them by then",
+    )
+    command.add_argument(
+        "--tiles",
+        metavar="ROWS",
+        type=_rows,
+        help='run what can be in slices of at most so many rows: 256, lm_head=256,mlp=1024 for some places, or "auto"; '
+        "default no slices",
+    )
+
+
 def _output(command: argparse.ArgumentParser, out: str = "") -> None:
-    command.add_argument("--json", action="store_true", help="print JSON")
-    formats = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
-    command.add_argument("-o", "--out", metavar="PATH", help=out or f"also save it, as {formats}")
+    command.add_argument("--json", action="store_true", help="print JSON in place of text")
+    command.add_argument("-o", "--out", metavar="PATH", help=out or f"also save it, as {FORMATS}")
+    command.add_argument("-f", "--force", action="store_true", help="overwrite the file that -o names if it exists")
 
 
-def _progress(what: str) -> AbstractContextManager[Any]:
+def _check_out(kind: type, out: str | None, overwrite: bool) -> None:
+    """Before any work, which may take minutes: the file can be written, and nobody's is lost."""
+    if out is None:
+        return
+    report.check_path(kind, out)
+    if Path(out).exists() and not overwrite:
+        raise MemplanError(f"{out!r} exists already: give -f to overwrite it, or name another file with -o")
+
+
+def _progress(what: str) -> Status:
     """Says what takes so long, on a terminal."""
     return Console(stderr=True).status(f"{what} ...")
 

@@ -131,7 +131,9 @@ class Variant:
         if any(_within(least, at) for least in self.over_from):
             return False
         assert self.compiled.resized is not None  # there is a plan, or it would hold
-        found = self.compiled.resized(sizes, held).fits
+        plan = self.compiled.resized(sizes, held)
+        found = plan.fits
+        log.debug("sizes %s: a plan that is there needs %d of %d bytes", dict(sizes), plan.peak, plan.budget.available)
         (self.fits_up_to if found else self.over_from).append(at)
         return found
 

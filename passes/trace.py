@@ -16,7 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from unittest import mock
 
 import torch
@@ -36,14 +36,16 @@ from memplan.passes.partition import Partitioner, mutated_inputs
 from memplan.runtime.held import Watch
 
 _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.abspath(__file__)
+T = TypeVar("T")
+StepOf = Callable[[Partitioner], Step]  # the traced step under another partitioner: other sizes, or nothing measured
 SEARCH_DEPTH = 4  # how far from the step a module may be hidden in closures, containers and attributes
 
 
 class _Traced(Exception):
-    """Carries the Step out of AOTAutograd, which has nothing left to do."""
+    """Carries what was made of the graph out of AOTAutograd, which has nothing left to do."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, made: Any) -> None:
+        self.made = made
 
 
 class _BackwardCalled(Exception):
@@ -57,15 +59,34 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
     """The Step of `step(*batch)`, priced and measured as the partitioner says, with what its optimizer holds.
     MemplanError if it has no backward.
     """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    leaves = [fake(mode, leaf) for leaf in pytree.tree_leaves(tuple(batch)) if isinstance(leaf, torch.Tensor)]
+    return traced(step, batch, partitioner, optimizer, mode, leaves, lambda by, step_of: step_of(by))
+
+
+def traced(
+    step: Callable[..., Any],
+    batch: Sequence[Any],
+    partitioner: Partitioner,
+    optimizer: Any,
+    mode: FakeTensorMode,
+    fake_batch: Sequence[torch.Tensor],
+    then: Callable[[Partitioner, StepOf], T],
+    symbols: Sequence[torch.SymInt] = (),
+) -> T:
+    """What `then` makes of the traced step: it is given the partitioner, which knows the step's names by then, and what
+    makes a Step under it or one with other sizes. `fake_batch` are the batch's tensors, of `mode`, and `symbols` their
+    sizes that are open: arguments like the tensors, as in Dynamo's graphs, or they would be read from activations.
+    """
     step = _uncompiled(step)
     modules = find_modules(step)
     state = {f"{m}:{name}": t for m, module in enumerate(modules) for name, t in _state(module).items()}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [_fake(mode, t) for t in state.values()]
+    fakes = [fake(mode, t) for t in state.values()]
     leaves, spec = pytree.tree_flatten(tuple(batch))
     inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    arguments = [*fakes, *(_fake(mode, leaves[i]) for i in inputs)]
-    names = tuple(_name(modules, key) for key in state) + tuple(f"batch[{i}]" for i in range(len(inputs)))
+    arguments = [*fakes, *symbols, *fake_batch]
+    given = (*map(str, symbols), *(f"batch[{i}]" for i in range(len(inputs))))
+    names = (*(_name(modules, key) for key in state), *given)
     parameters = [t for t in state.values() if isinstance(t, nn.Parameter)]
     held = Watch(optimizer).held(parameters)
     partitioner = dataclasses.replace(partitioner, names=names, held=held, title=_title(step))
@@ -73,8 +94,8 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
         note = "the step is on the meta device, so no op was run here: the memory inside ops is left out"
         partitioner = dataclasses.replace(partitioner, measure=False, notes=(*partitioner.notes, note))
 
-    def flat(*tensors: torch.Tensor) -> Any:
-        for i, leaf in zip(inputs, tensors[len(fakes) :], strict=True):
+    def flat(*tensors: Any) -> Any:
+        for i, leaf in zip(inputs, tensors[len(fakes) + len(symbols) :], strict=True):
             leaves[i] = leaf
         with contextlib.ExitStack() as stack:
             for m, module in enumerate(modules):
@@ -92,7 +113,8 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
     def stop(joint: fx.GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any) -> NoReturn:
         capture.prepare(joint)
         given = num_fwd_outputs, range(len(fakes)), mutated_inputs()
-        raise _Traced(partitioner.step(partitioner.tiled(joint, *given), *given))
+        tiled = partitioner.tiled(joint, *given)
+        raise _Traced(then(partitioner, lambda by: by.step(tiled, *given)))
 
     inner = partitioner.inner
     with _as_compiled(), mode, fx_traceback.preserve_node_meta():
@@ -100,8 +122,8 @@ def trace(step: Callable[..., Any], batch: Sequence[Any], partitioner: Partition
             aot_function(
                 flat, fw_compiler=_refuse, bw_compiler=_refuse, partition_fn=stop, decompositions=_decompositions(inner)
             )(*arguments)
-        except _Traced as traced:
-            return traced.step
+        except _Traced as found:
+            return found.made  # type: ignore[no-any-return]
         except (DataDependentOutputException, DynamicOutputShapeException) as e:
             raise MemplanError(
                 f"the step looks at a tensor's values at {_users_line(e)} ({e.func}), and a plan has none: "
@@ -180,11 +202,14 @@ def _name(modules: Sequence[nn.Module], key: str) -> str:
     return name if len(modules) == 1 else f"{type(modules[int(index)]).__name__}{index}.{name}"
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+def fake(mode: FakeTensorMode, tensor: torch.Tensor, layout: tuple[Any, Any] | None = None) -> torch.Tensor:
+    """The tensor without its memory, on the CPU. `layout`: another shape and stride."""
     with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    fake = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return fake.requires_grad_(tensor.requires_grad)
+        shape, stride = layout or (tensor.shape, tensor.stride())
+        made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager

@@ -65,5 +65,8 @@ def test_bad_input(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for more in (["-o", "step.txt"], ["--device", "meta"]):
         assert main(["record-step", f"{script}:make_step", *more]) == 2
         assert capsys.readouterr().err.startswith("memplan: cannot")
+    (tmp_path / "step.json").write_text("mine")
+    assert main(["record-step", f"{script}:make_broken", "-o", str(tmp_path / "step.json")]) == 2  # before it runs
+    assert "exists already: give -f" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):  # the step's own errors are the user's to see
         main(["record-step", f"{script}:make_broken"])

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from memplan.errors import MemplanError
+from memplan.report.text import at_moment
 from memplan.runtime.recorder import Event, Resident, build, record, traced
-from tests.models import six_layer
+from tests.models import CASES, Sample, six_layer
 
 MIB = 1 << 20
 ROUNDING = 64  # bytes per block that the allocator may add
@@ -121,6 +122,52 @@ def test_peak_agrees_with_memtracker():
         sample.step(sample.batch).backward()
     parameters = sum(p.nbytes for p in sample.module.parameters())
     assert seen.timeline.peak_above_base + parameters == pytest.approx(oracle, rel=1e-3)
+
+
+def totals_by_c10(profile: torch.profiler.profile) -> list[int]:
+    """The CPU allocator's own running total ("Total Allocated"), at each of its events, from 0."""
+    found, todo = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        event = todo.pop()
+        todo.extend(event.children)
+        if isinstance(fields := event.extra_fields, torch._C._profiler._ExtraFields_Allocation):
+            found.append((event.start_time_ns, fields.total_allocated, fields.alloc_size))
+    found.sort(key=lambda e: e[0])
+    _, total, size = found[0]
+    return [t - (total - size) for _, t, _ in found]
+
+
+def training(sample: Sample, step=None):
+    """A call that trains for one step, after others that leave nothing new to allocate."""
+
+    def one():
+        (step or sample.step)(sample.batch).backward()
+        sample.module.zero_grad()
+
+    for _ in range(2):
+        one()
+    return one
+
+
+def assert_kinds_add_up(timeline):
+    for moment, total in enumerate(timeline.totals):
+        assert sum(at_moment(timeline, moment).values()) == total, moment
+
+
+@pytest.mark.parametrize(("case", "compiled"), [*((case, False) for case in CASES), (CASES[0], True)], ids=str)
+def test_every_model_has_the_peak_that_the_allocator_states(case, compiled):
+    torch._dynamo.reset()
+    sample = case.make()
+    one = training(sample, torch.compile(sample.step, fullgraph=True) if compiled else None)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        one()
+    stated = totals_by_c10(profile)
+    with record("cpu") as seen:
+        one()
+    timeline = seen.timeline
+    end = timeline.totals[-1] - timeline.base_bytes
+    assert (timeline.peak_above_base, end, len(timeline.moments)) == (max(stated), stated[-1], len(stated))
+    assert_kinds_add_up(timeline)
 
 
 class Twice(nn.Module):
@@ -321,3 +368,19 @@ def test_cuda_peak_is_the_allocators():
         (x @ weight).sin().sum().backward()
     assert seen.timeline.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=1e-3)
     assert sizes(seen.timeline, "gradient") == [MIB]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_model_has_the_peak_that_the_allocator_states_on_cuda(case):
+    made = case.make(dtype=torch.bfloat16)  # of which grouped products are made there
+    module = made.module.to("cuda")  # in place: the step has the same one
+    sample = Sample(module, made.step, type(made.batch)(*(t.to("cuda") for t in made.batch)))
+    one = training(sample)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with record("cuda") as seen:
+        one()
+    assert seen.timeline.peak_above_base == torch.cuda.max_memory_allocated() - before > 0
+    assert_kinds_add_up(seen.timeline)

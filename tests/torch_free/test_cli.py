@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -160,6 +161,31 @@ def test_timeline_and_compare(plan: Plan, tmp_path: Path, capsys: pytest.Capture
     assert "the formats are .html" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["plan {script}:make_step", "timeline {saved}", "compare {saved} {saved}"])
+def test_an_existing_file_is_kept_unless_forced(
+    command: str, script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, out = tmp_path / "saved.json", tmp_path / "out.html"
+    plan.save(saved)
+    out.write_text("mine")
+    arguments = [*command.format(script=script, saved=saved).split(), "-o", str(out)]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"memplan: {str(out)!r} exists already: give -f")
+    assert calls == [] and out.read_text() == "mine"
+    assert main([*arguments, "-f"]) == 0
+    assert out.read_text() != "mine"
+    out.unlink()
+    assert main(arguments) == 0 and out.exists()
+
+
+def test_what_cannot_be_written_is_said_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the saved files are even looked for."""
+    for command in (["timeline", "absent.json"], ["compare", "absent.json", "absent.json"]):
+        assert main([*command, "-o", "x.txt"]) == 2
+        assert "the formats are" in capsys.readouterr().err
+
+
 def test_files_that_are_not_timelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}")
@@ -182,6 +208,12 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
         main(["plan", "--help"])
     assert e.value.code == 0
     assert "exits 3 when it does not fit" in capsys.readouterr().out
+    for command in ("plan", "timeline", "compare", "record-step", "demo"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        arguments = re.findall(r"^  (\S.*?)(?:  +(\S.*))?$((?:\n {4,}\S.*)*)", text.partition("arguments:")[2], re.M)
+        assert all(first or more for _, first, more in arguments), f"{command} has an argument without a help"
     with pytest.raises(SystemExit) as e:
         main([])
     assert e.value.code == 2
