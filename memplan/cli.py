@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +20,13 @@ from rich.console import Console
 from rich.status import Status
 
 import memplan
-from memplan import report, serialize
+from memplan import report, serialize, steps
 from memplan.errors import DoesNotFit, MemplanError, did_you_mean
-from memplan.ir import Plan, Timeline
-from memplan.machines import machines
+from memplan.ir import Machine, Plan, Step, Timeline
+from memplan.machines import machine, machines
 from memplan.options import Options
 from memplan.passes.policies import builtin
+from memplan.units import parse_bytes
 
 FORMATS = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
 SAVED = "a .json file that -o of plan or record-step, option out or .save() wrote"
@@ -99,12 +101,18 @@ def timeline(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Compare two saved plans or timelines, and draw both with -o.
+    """Compare two saved plans or timelines, or rank policies, and draw what is compared with -o.
 
         memplan compare planned.json seen.json -o both.html
+        memplan compare --policies optimal,greedy,torch-budget-0.5 --budgets 6GB,12GB --machines h100 -o ranking.html
 
-    Prints their peaks by kind, where they differ most, and what is alive at one peak alone.
+    Of two files it prints their peaks by kind, where they differ most, and what is alive at one peak alone. Of policies
+    it prints what each one's plan takes in memory and time, of recorded steps or your own, and the gap to the best.
     """
+    if arguments.policies:
+        return _rank(arguments)
+    if arguments.b is None:
+        raise MemplanError("compare needs two files, A and B, or --policies to rank: memplan compare a.json b.json")
     _check_out(report.Comparison, arguments.out, arguments.force)
     with _progress(f"comparing {arguments.a} and {arguments.b}"):
         found = report.compare(_load(arguments.a), _load(arguments.b))
@@ -113,6 +121,43 @@ def compare(arguments: argparse.Namespace) -> int:
         text = found.to_json() if arguments.json else str(found)
     print(text)
     return 0
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    from memplan.ranking import rank
+
+    if arguments.a is not None:
+        raise MemplanError(f"compare was given the file {arguments.a!r} and --policies: leave one of them out")
+    _check_out(report.Ranking, arguments.out, arguments.force)
+    targets = [machine(name) for name in _listed(arguments.machines)]
+    with _progress("reading steps") as status:
+        chosen = {name: _step(name, targets[0]) for name in _listed(arguments.steps) or steps.names()}
+        found = rank(
+            chosen,
+            targets,
+            _listed(arguments.policies),
+            [parse_bytes(size) for size in _listed(arguments.budgets)],
+            host_bytes=parse_bytes(arguments.host_budget) if arguments.host_budget else 0,
+            limit=arguments.limit,
+            progress=lambda text: status.update(f"{text} ..."),
+        )
+        if arguments.out:
+            found.save(arguments.out)
+    print(found.to_json() if arguments.json else found)
+    return 0 if any(row.fits for row in found.rows) else 3
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _step(name: str, target: Machine) -> Step:
+    """A recorded step by name, one saved as .json, or one of your own by FILE.py:make_step."""
+    if ".py" in name:
+        step, batch = _make_step(name)
+        all_of_it = dataclasses.replace(target, memory_bytes=2**62)
+        return memplan.plan(step, batch, machine=all_of_it, policy="save-all", inner="eager").step
+    return serialize.load(name, Step) if name.endswith(".json") else steps.load(name)
 
 
 def record_step(arguments: argparse.Namespace) -> int:
@@ -202,9 +247,25 @@ def _parser() -> argparse.ArgumentParser:
     _output(command)
 
     command = add(compare)
-    command.add_argument("a", metavar="A", help=SAVED)
-    command.add_argument("b", metavar="B", help="another one; differences are b - a")
-    _output(command, "also draw both, as .html or .png, or save them as .pickle or .perfetto-trace")
+    command.add_argument("a", metavar="A", nargs="?", help=SAVED)
+    command.add_argument("b", metavar="B", nargs="?", help="another one; differences are b - a")
+    command.add_argument("--policies", metavar="NAMES", help=f"in place of files, rank these: {', '.join(builtin())}")
+    command.add_argument(
+        "--steps",
+        metavar="NAMES",
+        help=f"recorded steps ({', '.join(steps.names())}), saved .json, or FILE.py:make_step; default all recorded",
+    )
+    command.add_argument("--budgets", metavar="SIZES", help="inside what, 6GB,12GB; default each step's own range")
+    command.add_argument("--machines", metavar="NAMES", default="h100", help="of the device table; default h100")
+    command.add_argument("--host-budget", metavar="SIZE", help="what may be off the device at a time; default nothing")
+    command.add_argument(
+        "--limit", metavar="SECONDS", type=float, default=math.inf, help="stop a policy that takes longer for one plan"
+    )
+    _output(
+        command,
+        "also draw both, as .html or .png, or save them as .pickle or .perfetto-trace; a ranking as .html, .png or "
+        ".json",
+    )
 
     command = add(record_step)
     _target(command)
@@ -236,7 +297,7 @@ def _planning(command: argparse.ArgumentParser) -> None:
         "--machine", metavar="NAME", help=f"the machine to plan for: {', '.join(machines())}; default this one"
     )
     command.add_argument(
-        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else greedy"
+        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else optimal"
     )
     command.add_argument(
         "--inner",

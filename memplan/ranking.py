@@ -10,61 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from memplan import report
 from memplan.errors import MemplanError
 from memplan.ir import Bound, Budget, Machine, Plan, Step
 from memplan.passes import policies
 from memplan.passes.bound import bound
 from memplan.passes.pipeline import evaluate, make_plan, smallest_plan
 from memplan.passes.policies import Policy, name_of
+from memplan.report import Ranking, Row
 from memplan.units import human
 
 BUDGETS = 6  # of a step for which none are given: from the smallest that anything fits to what save-all takes
-
-
-@dataclass(frozen=True)
-class Row:
-    """One plan. `peak`, `away`: bytes on the device and on the host, at most. `overhead`: fraction of the step's time
-    with nothing recomputed. `gap`: the same, by which no other plan can be faster. `seconds`: it took to plan.
-    `note`: why there is no plan, or whose it is.
-    """
-
-    step: str
-    machine: str
-    budget: int
-    policy: str
-    fits: bool
-    peak: int = 0
-    away: int = 0
-    overhead: float = math.inf
-    gap: float = math.inf
-    seconds: float = 0.0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Rows by step, machine and budget, the fastest first."""
-
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        return report.ranking_table(self.rows)
-
-    def to_json(self) -> str:
-        """The rows as JSON."""
-        return report.ranking_json(self.rows)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as .json, or the overheads over the budgets as .png or .html. Raises MemplanError for others."""
-        report.save_ranking(self.rows, path)
 
 
 def rank(
@@ -80,8 +40,10 @@ def rank(
     """The plans of `wanted` for every step, machine and budget (bytes); without budgets, of each step's own range.
 
     host_bytes: what may be off the device. limit: seconds that a policy may take for one plan; one that takes longer is
-    stopped, and has no plan. Raises MemplanError for a policy that is not known.
+    stopped, and has no plan. Raises MemplanError for a policy that is not known, and a limit of 0 or less.
     """
+    if not limit > 0:
+        raise MemplanError(f"a limit of {limit:g} seconds leaves no time to plan: give a positive number, or none")
     found = [(name_of(one), policies.find(one)) for one in wanted]
     rows = list[Row]()
     for name, step in steps.items():
@@ -144,9 +106,7 @@ def _stopped_after(seconds: float, policy: str) -> Iterator[None]:
     """Raises MemplanError in the block when it takes longer. In the main thread of a process; elsewhere nothing is
     stopped.
     """
-    if not 0 < seconds < math.inf:
-        if seconds <= 0:
-            raise MemplanError(f"a limit of {seconds:g} seconds leaves no time to plan; give a positive number")
+    if seconds == math.inf:
         yield
         return
 

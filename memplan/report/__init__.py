@@ -17,23 +17,11 @@ from memplan.report.comparison import Comparison, compare
 from memplan.report.html import page
 from memplan.report.perfetto import trace
 from memplan.report.png import draw
-from memplan.report.ranking import save as save_ranking
-from memplan.report.ranking import table as ranking_table
-from memplan.report.ranking import to_json as ranking_json
+from memplan.report.ranking import Ranking, Row
 from memplan.report.snapshot import dump
 from memplan.report.text import summary, table
 
-__all__ = [
-    "Comparison",
-    "check_path",
-    "compare",
-    "ranking_json",
-    "ranking_table",
-    "save",
-    "save_ranking",
-    "summary",
-    "table",
-]
+__all__ = ["Comparison", "Ranking", "Row", "check_path", "compare", "save", "summary", "table"]
 
 # Of a Plan, a Timeline or several.
 _PICTURES: dict[str, Callable[[Plan | Timeline | Sequence[Timeline]], str | bytes]] = {
@@ -56,7 +44,9 @@ def save(value: Step | Plan | Timeline | Sequence[Timeline], path: str | os.Path
 
 def check_path(kind: type, path: str | os.PathLike[str]) -> None:
     """Raises MemplanError when a value of this type cannot be written as, or where, the path says."""
-    formats = {Step: (".json",), Plan: (".json", *_PICTURES), Timeline: (".json", *_PICTURES)}.get(kind, (*_PICTURES,))
+    own = {Step: (".json",), Ranking: (".json", ".png", ".html")}
+    own |= {Plan: (".json", *_PICTURES), Timeline: (".json", *_PICTURES)}
+    formats = own.get(kind, (*_PICTURES,))
     if Path(path).suffix.lower() not in formats:
         known = ", ".join(formats[:-1]) + " and " + formats[-1] if len(formats) > 1 else formats[0]
         raise MemplanError(f"cannot write a {kind.__name__} as {os.fspath(path)!r}: the formats are {known}")

@@ -1,6 +1,6 @@
 """A ranking of policies: a table, JSON, and overhead over budget as a picture, alone or in an offline page.
 
-In: rows (memplan.ranking.Row). Out: text or bytes. In the picture each policy is a line per step and machine, and what
+In: rows. Out: text or bytes. In the picture each policy is a line per step and machine, and what
 no plan can beat is the grey line below them.
 """
 
@@ -13,11 +13,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from memplan import serialize
-from memplan.errors import MemplanError
 from memplan.units import human
 
 if TYPE_CHECKING:
@@ -25,31 +25,49 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Row(Protocol):
-    """What is read of a row."""
+@dataclass(frozen=True)
+class Row:
+    """One plan. `peak`, `away`: bytes on the device and on the host, at most. `overhead`: fraction of the step's time
+    with nothing recomputed. `gap`: the same, by which no other plan can be faster. `seconds`: it took to plan.
+    `note`: why there is no plan, or whose it is.
+    """
 
-    @property
-    def step(self) -> str: ...
-    @property
-    def machine(self) -> str: ...
-    @property
-    def budget(self) -> int: ...
-    @property
-    def policy(self) -> str: ...
-    @property
-    def fits(self) -> bool: ...
-    @property
-    def peak(self) -> int: ...
-    @property
-    def away(self) -> int: ...
-    @property
-    def overhead(self) -> float: ...
-    @property
-    def gap(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def note(self) -> str: ...
+    step: str
+    machine: str
+    budget: int
+    policy: str
+    fits: bool
+    peak: int = 0
+    away: int = 0
+    overhead: float = math.inf
+    gap: float = math.inf
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rows by step, machine and budget, the fastest first."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        return table(self.rows)
+
+    def to_json(self) -> str:
+        """The rows as JSON."""
+        return _json(self.rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as .json, or the overheads over the budgets as .png or .html. Raises MemplanError for others."""
+        from memplan import report
+
+        report.check_path(Ranking, path)
+        suffix = Path(path).suffix.lower()
+        if suffix == ".png":
+            serialize.write(path, _drawn(self.rows, "png"))
+        else:
+            serialize.write(path, self.to_json() if suffix == ".json" else _page(self.rows))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -76,24 +94,13 @@ def _line(row: Row) -> str:
     )
 
 
-def to_json(rows: Sequence[Any]) -> str:
+def _json(rows: Sequence[Row]) -> str:
     """The rows; what is infinite is null."""
     plain = [
         {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in dataclasses.asdict(row).items()}
         for row in rows
     ]
     return json.dumps({"memplan": "Ranking", "rows": plain}, indent=1)
-
-
-def save(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write it in the format of the path's suffix, whole or not at all."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".json", ".png", ".html"):
-        raise MemplanError(f"cannot write a ranking as {os.fspath(path)!r}: the formats are .json, .png and .html")
-    if suffix == ".png":
-        serialize.write(path, _drawn(rows, "png"))
-    else:
-        serialize.write(path, to_json(rows) if suffix == ".json" else _page(rows))
 
 
 def _page(rows: Sequence[Row]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import memplan
+from memplan import report
 from memplan.cli import main
 from memplan.errors import DoesNotFit, MemplanError
-from memplan.ir import Budget, Plan, Timeline
+from memplan.ir import Budget, Plan, Step, Timeline
 from memplan.machines import machine
 from memplan.serialize import from_json
 
@@ -159,6 +160,29 @@ def test_timeline_and_compare(plan: Plan, tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["peak_b"] == plan.peak
     assert main(["compare", a, b, "-o", str(tmp_path / "e.json")]) == 2
     assert "the formats are .html" in capsys.readouterr().err
+
+
+def test_compare_ranks_policies(step: Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "toy.json", tmp_path / "ranking.json"
+    report.save(step, path)
+    ranked = ["compare", "--policies", "optimal, save-all", "--steps", str(path), "--machines", "h100,a100"]
+    assert main([*ranked, "--budgets", "1GB", "-o", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("optimal") == text.count("save-all") == 2  # on each machine
+    assert len(json.loads(out.read_text())["rows"]) == 4
+    assert main([*ranked, "--budgets", "1kB"]) == 3  # nothing fits
+    assert main([*ranked, "--budgets", "1GB", "--json"]) == 0
+    capsys.readouterr()
+    for wrong, says in (
+        (["compare", "a.json"], "needs two files"),
+        (["compare", "a.json", "--policies", "greedy"], "leave one of them out"),
+        ([*ranked, "--limit", "0"], "give a positive number"),
+        ([*ranked, "-o", str(out)], "give -f to overwrite"),
+        (["compare", "--policies", "greedy", "--steps", "llama"], "no recorded step is called 'llama'"),
+        (["compare", "--policies", "greedy", "--machines", "h1000"], "did you mean"),
+    ):
+        assert main(wrong) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["plan {script}:make_step", "timeline {saved}", "compare {saved} {saved}"])

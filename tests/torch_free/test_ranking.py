@@ -15,7 +15,8 @@ from memplan.ir import Budget, Decisions, Machine, Recompute, Step
 from memplan.passes.pipeline import make_plan
 from memplan.passes.policies import policy
 from memplan.passes.policies.greedy import Greedy
-from memplan.ranking import Ranking, rank
+from memplan.ranking import rank
+from memplan.report import Ranking
 from tests.torch_free.conftest import MACHINE, SIZE, make_step
 
 BUS = dataclasses.replace(MACHINE, host_bandwidth=1e9, unified=False)
@@ -87,9 +88,10 @@ def test_a_policy_that_takes_too_long_is_stopped_and_named() -> None:
     assert "asleep" in str(found)
 
 
-def test_a_limit_of_nothing_is_refused_in_every_row() -> None:
-    found = rank({"toy": make_step(2)}, [BUS], ["save-all"], [10**9], limit=0)
-    assert "give a positive number" in found.rows[0].note
+@pytest.mark.parametrize("limit", [0, -1, math.nan])
+def test_a_limit_of_nothing_is_refused(limit: float) -> None:
+    with pytest.raises(MemplanError, match="give a positive number"):
+        rank({"toy": make_step(2)}, [BUS], ["save-all"], [10**9], limit=limit)
 
 
 def test_unknown_policies_are_refused() -> None:
