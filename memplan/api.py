@@ -41,6 +41,7 @@ def plan(
     from memplan.here import this_machine
     from memplan.passes.partition import Partitioner
     from memplan.passes.pipeline import make_plan
+    from memplan.passes.reasons import with_reasons
     from memplan.passes.trace import trace
 
     given = {
@@ -65,7 +66,7 @@ def plan(
         tiles=options.tiles,
     )
     traced = trace(step, batch, partitioner, options.optimizer)
-    return make_plan(traced, options.policy, allowed, target, inner=options.inner)
+    return with_reasons(make_plan(traced, options.policy, allowed, target, inner=options.inner))
 
 
 def compile(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
-from memplan.ir import KINDS, Block, Kind, Op, Plan, Timeline
+from memplan.groups import ROWS, any_layer, groups
+from memplan.ir import KINDS, Block, Kind, Plan, Timeline
 from memplan.units import human
 
 WIDTH = 120
-ROWS = 24  # groups of storages that a table shows; the rest are counted in one line
-NAME, SOURCE = 16, 24  # characters of an op or a layer, and of a source, for which a table has room
+NAME, SOURCE = 14, 24  # characters of an op or a layer, and of a source, for which a table has room
+REASON = 22  # and of a reason
 LARGEST = 5  # blocks named at the peak
 
 _SHORT = {
@@ -76,45 +76,42 @@ def folded(blocks: Iterable[Block]) -> list[Block]:
     return sorted(out, key=lambda block: -block.bytes)
 
 
-def any_layer(path: str) -> str:
-    """model.layers.3.mlp -> model.layers.*.mlp"""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-
-
 def shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
     """bf16[2, 4096], as torch prints graphs."""
     return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, shape))}]" if shape or dtype else ""
 
 
 def _decisions(plan: Plan) -> str:
-    step = plan.step
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for t, decision in plan.decisions:
-        tensor = step.tensors[t]
-        target = step.producer[t][1].target if t in step.producer else ""
-        layer = any_layer(tensor.layer)
-        what = shape_dtype(tensor.shape, tensor.dtype)
-        groups[type(decision).__name__.lower(), what, target, layer, tensor.source].append(t)
+    step, rows, instead = plan.step, groups(plan), plan.instead
+    decisions = dict(plan.decisions)
 
     def size(members: Iterable[int]) -> int:
         return sum(step.tensors[t].bytes for t in members)
 
-    rows = sorted(groups.items(), key=lambda group: -size(group[1]))
-    out = Table(box=None, pad_edge=False)
-    for heading in ("decision", "count", "bytes", "recompute\nms", "tensor", "op", "layer"):
-        number = heading in ("count", "bytes", "recompute\nms")
-        out.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    out.add_column("source", overflow="fold")  # the one column that may take a second line
-    for (verb, what, target, layer, source), members in rows[:ROWS]:
-        ops: dict[int, Op] = dict(step.producer[t] for t in members if t in step.producer)
-        cost = f"{1e3 * sum(map(plan.machine.seconds, ops.values())):.3f}" if ops else ""
-        op = target.removeprefix("aten.").removesuffix(".default")
+    out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("decision", "count", "bytes", "instead", "tensor", "op", "layer", "source"):
+        if heading != "instead" or instead:
+            number, folds = heading in ("count", "bytes"), heading in ("instead", "source")
+            out.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=not folds)
+            out.columns[-1].max_width = REASON if heading == "instead" else None
+    for members in rows[:ROWS]:
+        tensor = step.tensors[members[0]]
+        op = step.producer[members[0]][1].target if members[0] in step.producer else ""
+        op, source = op.removeprefix("aten.").removesuffix(".default"), tensor.source
         # A layer's end says most, and of a long source the file and line.
         line = source if len(source) <= SOURCE else source.rpartition("/")[2].partition(" in ")[0]
-        where = (_shorten(op), _shorten(layer[::-1])[::-1], line)
-        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, *where)
+        out.add_row(
+            type(decisions[members[0]]).__name__.lower(),
+            f"x{len(members)}",
+            human(size(members)),
+            *([instead.get(members[0], "")] if instead else []),
+            shape_dtype(tensor.shape, tensor.dtype),
+            _shorten(op),
+            _shorten(any_layer(tensor.layer)[::-1])[::-1],
+            line,
+        )
     text = _render(out)
-    hidden = [t for _, members in rows[ROWS:] for t in members]
+    hidden = [t for members in rows[ROWS:] for t in members]
     return f"{text}\nand {len(hidden)} more ({human(size(hidden))})" if hidden else text
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from memplan import report
-from memplan.ir import Block, Moment, Plan, Timeline
+from memplan.ir import Block, Keep, Moment, Plan, Timeline
 from memplan.report.html import page as html
 from memplan.units import human
 
@@ -129,6 +129,16 @@ def test_hover_and_click(timeline: Timeline, opened: Open) -> None:
     before = timeline.peak_moment - 1
     assert page.evaluate("view.pinned") == before
     assert human(timeline.totals[before]) in page.inner_text("#alive")
+
+
+def test_hover_says_what_else_could_have_been_decided(plan: Plan, opened: Open) -> None:
+    t = next(t for t, d in plan.decisions if isinstance(d, Keep))
+    name = plan.step.tensors[t].name
+    page = opened(dataclasses.replace(plan, reasons=(((t,), "recompute: +3.1 ms"),)))
+    blocks = [b.name for b in plan.timeline.blocks]
+    said = page.evaluate("all[0].blocks.name.map((_, b) => describe(b).join(' | '))")
+    assert [block for block, text in zip(blocks, said, strict=True) if "instead" in text] == [name]
+    assert "instead of keep, recompute: +3.1 ms" in said[blocks.index(name)]
 
 
 def test_search(timeline: Timeline, opened: Open) -> None:

@@ -17,11 +17,12 @@ ROOT = Path(__file__).parents[2]
 HOMES = {"memplan": "memplan", "passes": "memplan.passes", "runtime": "memplan.runtime"}  # folder -> package
 
 # Room -> the rooms of memplan that it may import. A room may always import itself.
-DATA = {"errors", "ir", "memory", "serialize", "units"}
+DATA = {"errors", "groups", "ir", "memory", "serialize", "units"}
 BELOW_API = DATA | {"machines", "options", "report", "runtime", "passes"}
 MAY_IMPORT = {
     "errors": set[str](),
     "ir": {"errors"},
+    "groups": {"ir"},
     "units": {"errors"},
     "memory": set[str](),
     "serialize": {"errors", "ir"},
@@ -48,6 +49,7 @@ TORCH_FREE = (
     "memplan",
     "memplan.__main__",
     "memplan.errors",
+    "memplan.groups",
     "memplan.ir",
     "memplan.units",
     "memplan.memory",
@@ -66,6 +68,7 @@ TORCH_FREE = (
     "memplan.passes.blocks",
     "memplan.passes.joint",
     "memplan.passes.gaps",
+    "memplan.passes.reasons",
     "memplan.runtime",
 )
 
