@@ -23,7 +23,7 @@ from memplan.passes.pipeline import evaluate
 from memplan.passes.schedule import saved_by, schedule
 from memplan.units import human
 
-LIMIT = 100_000  # runs of ops that are simulated in all: about 12 s on one core
+LIMIT = 200_000  # runs of ops that are simulated in all: about 4 s on one core
 
 
 class _Outcome(NamedTuple):
