@@ -66,7 +66,7 @@ def plan(
         tiles=options.tiles,
     )
     traced = trace(step, batch, partitioner, options.optimizer)
-    return with_reasons(make_plan(traced, options.policy, allowed, target, inner=options.inner))
+    return with_reasons(make_plan(traced, options.policy, allowed, target, inner=options.inner)).with_others()
 
 
 def compile(

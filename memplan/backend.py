@@ -111,4 +111,4 @@ def _report(plan: Plan, options: Options) -> None:
     for note in plan.step.notes:  # what the plan cannot promise, but for what was tiled
         log.log(logging.INFO if note.startswith("tiled") else logging.WARNING, "%s", note)
     if options.out is not None:
-        plan.save(options.out)
+        plan.with_others().save(options.out)

@@ -445,6 +445,9 @@ class Timeline:
     """What is alive when. `base` are bytes alive throughout, by kind.
 
     `host`: what is off the device, over the same moments, with its tier for a decision; it is in no total.
+    `others`: what is on the device and not the step's, over the same moments: of a plan the context and what is held
+    back against fragmentation, of a recording what the device had in use beside torch's allocator. It is in no total
+    either: `beside`.
     """
 
     title: str
@@ -454,6 +457,7 @@ class Timeline:
     base: tuple[tuple[Kind, int], ...] = ()
     notes: tuple[str, ...] = ()
     host: tuple[Block, ...] = ()
+    others: tuple[Block, ...] = ()
 
     @property
     def base_bytes(self) -> int:
@@ -463,6 +467,11 @@ class Timeline:
     def totals(self) -> tuple[int, ...]:
         """Bytes alive at each moment, base included."""
         return tuple(self.base_bytes + n for n in _sums(self.blocks, len(self.moments)))
+
+    @functools.cached_property
+    def beside(self) -> tuple[int, ...]:
+        """Bytes that others hold at each moment."""
+        return tuple(_sums(self.others, len(self.moments)))
 
     def away(self, tier: Tier) -> int:
         """The most bytes that are in a tier below the device at a time."""
@@ -586,6 +595,13 @@ class Plan:
     def instead(self) -> dict[int, str]:
         """`reasons`, by storage."""
         return {t: reason for members, reason in self.reasons for t in members}
+
+    def with_others(self) -> Plan:
+        """The plan, its timeline with what the budget leaves to others."""
+        held = (("context", self.budget.fixed_bytes), ("fragmentation reserve", self.budget.reserve_bytes))
+        end = len(self.timeline.moments)
+        others = tuple(Block(name, size, "temporary", 0, end) for name, size in held if size)
+        return dataclasses.replace(self, timeline=dataclasses.replace(self.timeline, others=others))
 
     def __str__(self) -> str:
         from memplan import report

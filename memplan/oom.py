@@ -20,7 +20,7 @@ import torch
 
 from memplan import report
 from memplan.ir import Block, Timeline
-from memplan.report.text import at_moment, block_line, folded
+from memplan.report.text import at_moment, beside, block_line, folded
 from memplan.runtime.free import free_bytes
 from memplan.runtime.rolling import Rolling
 from memplan.units import human, parse_bytes
@@ -78,6 +78,7 @@ def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     lines = [f"memplan: {_sizes(asked, free)}, beside {human(total)} alive: {kinds}"]
     lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
     lines += _rest(alive[LARGEST:])
+    lines += [f"  {line}" for line in beside(timeline, at)]
     if free is not None:
         fits = human(total + free)
         lines.append(f'  a step inside {fits} would fit here: memplan.plan(step, batch, budget="{fits}")')

@@ -56,6 +56,15 @@ def at_moment(timeline: Timeline, moment: int) -> dict[Kind, int]:
     return {kind: total[kind] for kind in KINDS if total[kind]}
 
 
+def beside(timeline: Timeline, moment: int) -> list[str]:
+    """What others hold at a moment, in a line; none where they hold nothing."""
+    there = [block for block in timeline.others if block.start <= moment < block.end]
+    if not there:
+        return []
+    names = [block.name if len(there) == 1 else f"{block.name} {human(block.bytes)}" for block in there]
+    return [f"beside it {human(timeline.beside[moment])} held by others: {', '.join(names)}"]
+
+
 def block_line(block: Block) -> str:
     """A block in one line: its bytes, what it is, and the user's line."""
     what = [block.name, block.kind, shape_dtype(block.shape, block.dtype), block.decision, block.layer, block.source]
@@ -139,7 +148,7 @@ def _peak(timeline: Timeline) -> list[str]:
     lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
     if rest := alive[LARGEST:]:
         lines.append(f"  {human(sum(b.bytes for b in rest)):>10}  in {len(rest)} smaller")
-    return lines
+    return [*lines, *beside(timeline, timeline.peak_moment)]
 
 
 def _budget(plan: Plan) -> str:
