@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memplan import oom
 from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Plan
@@ -62,6 +63,7 @@ def memplan_backend(
         partitioner,
         _compiler(read),
         lambda plan: _report(plan, read),
+        functools.partial(oom.explain, out=read.out),
         dict(read.limits),
         step,
         read.optimizer,

@@ -5,6 +5,8 @@
             train(batch)
 
 In: any code, planned or not. Out: when it runs out of memory, its last timeline as a file, and a note on the error.
+A step that memplan has compiled has such a note by itself, of what was planned (`explain`): it needs no recording.
+Where there is one too, that is the more exact one, and its note takes the place of the other.
 What must hold: the error that leaves the block is the one that was raised in it, whatever happens to the report.
 """
 
@@ -14,18 +16,21 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from memplan import report
-from memplan.ir import Block, Timeline
+from memplan.ir import Block, Plan, Timeline
+from memplan.passes.failed import Failure
 from memplan.report.text import at_moment, beside, block_line, folded
 from memplan.runtime.free import free_bytes
 from memplan.runtime.rolling import Rolling
 from memplan.units import human, parse_bytes
 
 LARGEST = 8  # tensors named in the note, equal ones of equal layers as one
+PLANNED = "memplan: out of memory in a planned step"  # how a note begins that no recording was needed for
 
 
 @contextlib.contextmanager
@@ -48,25 +53,92 @@ def on_oom(path: str | os.PathLike[str], device: torch.device | str | None = Non
         with contextlib.suppress(Exception):  # nothing may take the place of the error
             asked = _asked(error)
             if asked is not None:
-                error.add_note(_explain(recorder, path, asked))
+                _note(error, *_explain(recorder, path, asked))
             recorder.close()
         raise
     recorder.close()
 
 
-def _explain(recorder: Rolling, path: str | os.PathLike[str], asked: int) -> str:
-    """The note on the error. It is one whatever fails here: the error itself matters more."""
+def explain(error: Exception, find: Callable[[], Failure], out: str | None = None) -> None:
+    """Note on an error of a planned step, if it is out of memory, what was planned there; `find` says where that was.
+    The plan's timeline is written beside `out`: plan.html -> plan.oom.html. Nothing that fails here leaves it.
+    """
+    with contextlib.suppress(Exception):
+        asked = _asked(error)
+        if asked is None or _planned_notes(error):
+            return
+        free = None
+        try:
+            free = free_bytes(torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"))
+            failure = find()
+            text = f"{PLANNED}: {_planned(failure, asked, free)}"
+        except Exception as failed:
+            error.add_note(f"{PLANNED}: {_sizes(asked, free)}; no more is known: {type(failed).__name__}: {failed}")
+            return
+        error.add_note(text + _saved(failure.plan, text, out))
+
+
+def _planned(failure: Failure, asked: int, free: int | None) -> str:
+    """What was planned to be alive at the place of a failure, and what would fit."""
+    plan, at = failure.plan, failure.moment
+    timeline, budget = plan.timeline, plan.budget
+    here, peak = timeline.moments[at], timeline.moments[timeline.peak_moment]
+    where = f"at {here.name} in {here.phase}" if failure.exact else f"in {here.phase}, at most at {here.name}"
+    kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_moment(timeline, at).items())
+    lines = [
+        f"{_sizes(asked, free)}",
+        f"  planned {where}: {human(timeline.totals[at])}: {kinds}",
+        *(f"  {block_line(block)}" for block in folded(timeline.alive(at))[:LARGEST]),
+        *_rest(folded(timeline.alive(at))[LARGEST:]),
+        f"  planned peak {human(timeline.peak)} at {peak.name} in {peak.phase}, budget {human(budget.bytes)}, policy "
+        f"{plan.policy}",
+    ]
+    if free is not None:
+        room = timeline.totals[at] - asked + free  # what was asked for is planned there
+        fits = f'options={{"budget": "{budget.needed_for(room)}B"}}'
+        lines.append(f"  a step inside {human(room)} would fit here: {fits}" if room > timeline.base_bytes else "")
+    return "\n".join(filter(None, lines))
+
+
+def _saved(plan: Plan, text: str, out: str | None) -> str:
+    """Write the plan with the note. Returns the line that says where."""
+    if out is None:
+        return ""
+    path = Path(out).with_name(f"{Path(out).stem}.oom{Path(out).suffix}")
+    try:
+        timeline = dataclasses.replace(plan.timeline, title=f"{plan.timeline.title}, out of memory")
+        report.save(dataclasses.replace(plan, timeline=timeline, notes=(*plan.notes, text)).with_others(), path)
+    except Exception as failed:
+        return f"\n  no timeline: {type(failed).__name__}: {failed}"
+    return f"\n  the plan's timeline: {path}"
+
+
+def _planned_notes(error: BaseException) -> list[str]:
+    return [note for note in getattr(error, "__notes__", ()) if note.startswith(PLANNED)]
+
+
+def _note(error: BaseException, measured: bool, text: str) -> None:
+    """Add what a recording says. One note is enough: what was measured, else what was planned."""
+    planned = _planned_notes(error)
+    if measured or not planned:
+        error.add_note(text)
+        for note in planned:
+            error.__notes__.remove(note)
+
+
+def _explain(recorder: Rolling, path: str | os.PathLike[str], asked: int) -> tuple[bool, str]:
+    """Whether there is a recording, and the note. It is one whatever fails here: the error itself matters more."""
     free = None
     try:
         free = free_bytes(recorder.device)  # before the report takes some of it
         seen = recorder.close()
         if seen is None:
-            return f"memplan: {_sizes(asked, free)}; no timeline: another profiler was running"
+            return False, f"memplan: {_sizes(asked, free)}; no timeline: another profiler was running"
         text = _describe(seen.timeline, asked, free)
         report.save(dataclasses.replace(seen.timeline, title="out of memory", notes=(text,)), path)
     except Exception as failure:
-        return f"memplan: {_sizes(asked, free)}; no timeline: {type(failure).__name__}: {failure}"
-    return f"{text}\n  the timeline up to here: {os.fspath(path)}"
+        return False, f"memplan: {_sizes(asked, free)}; no timeline: {type(failure).__name__}: {failure}"
+    return True, f"{text}\n  the timeline up to here: {os.fspath(path)}"
 
 
 def _describe(timeline: Timeline, asked: int, free: int | None) -> str:

@@ -83,6 +83,7 @@ class WholeStep:
     backward_ran: bool = False
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
+    now: Run | None = None  # under way
 
     def run(self, graph: Adaptive, args: Sequence[Any]) -> Any:
         """Run a graph with the variant that the step allows."""
@@ -101,7 +102,9 @@ class WholeStep:
         looks = self.several and torch.is_grad_enabled() and self.outside.unseen((id(graph), len(self.runs)), sizes)
         if looks or any(run.ahead is not None for run in self.runs):  # for the way back, then
             self.outside.open()
+        self.now = now
         result = now.variant.compiled.run(*args)
+        self.now = None
         self._note(now, result, looks)
         return result
 
@@ -204,7 +207,7 @@ class WholeStep:
         closed = first is not None and first.step.closed
         if not self.runs and (closed or not (plan or self.several)):
             return graph.choose(args)
-        total = self._held([args[i] for i in graph.parameters])
+        total = self.held_now([args[i] for i in graph.parameters])
         if plan is not None and position < len(plan.variants):
             variant = plan.variants[position]
             within = all(n <= most for n, most in zip(sizes, plan.sizes[position], strict=False))
@@ -222,7 +225,7 @@ class WholeStep:
             raise does_not_fit(found, found)
         return variant
 
-    def _held(self, parameters: Sequence[torch.Tensor] = ()) -> Held:
+    def held_now(self, parameters: Sequence[torch.Tensor] = ()) -> Held:
         """What the process holds for these parameters, and for those of all runs before."""
         known = {id(p): p for p in (ref() for ref in self.parameters) if p is not None}
         new = [p for p in parameters if id(p) not in known]
@@ -253,7 +256,7 @@ class WholeStep:
 
     def _plan(self, last: Sequence[Run], *, again: bool) -> Joint:
         """Plan the runs of a step as one. Raises DoesNotFit."""
-        total = self._held()
+        total = self.held_now()
         for factor in (2, 1) if again else (1,):  # sizes or bytes held have grown: leave room for more
             sizes = tuple(run.graph.larger(run.sizes, factor) for run in last)
             try:
