@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from memplan import oom
 from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Plan
@@ -25,6 +24,7 @@ from memplan.passes.compat import broken_at, compile_call, nested, resumed_at
 from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
 from memplan.passes.whole_step import WholeStep
+from memplan.planned_oom import explain
 from memplan.runtime.held import Watch
 
 AROUND = 1024  # bytes kept for what runs around generated code: seeds of gradients, kernels' own odd bytes
@@ -63,7 +63,7 @@ def memplan_backend(
         partitioner,
         _compiler(read),
         lambda plan: _report(plan, read),
-        functools.partial(oom.explain, out=read.out),
+        functools.partial(explain, out=read.out),
         dict(read.limits),
         step,
         read.optimizer,

@@ -5,8 +5,8 @@
             train(batch)
 
 In: any code, planned or not. Out: when it runs out of memory, its last timeline as a file, and a note on the error.
-A step that memplan has compiled has such a note by itself, of what was planned (`explain`): it needs no recording.
-Where there is one too, that is the more exact one, and its note takes the place of the other.
+A step that memplan has compiled has such a note by itself, of what was planned (planned_oom.py). What was recorded is
+more exact, and its note takes the place of that one.
 What must hold: the error that leaves the block is the one that was raised in it, whatever happens to the report.
 """
 
@@ -16,21 +16,19 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
 from memplan import report
-from memplan.ir import Block, Plan, Timeline
-from memplan.passes.failed import Failure
+from memplan.ir import Block, Timeline
 from memplan.report.text import at_moment, beside, block_line, folded
 from memplan.runtime.free import free_bytes
 from memplan.runtime.rolling import Rolling
 from memplan.units import human, parse_bytes
 
 LARGEST = 8  # tensors named in the note, equal ones of equal layers as one
-PLANNED = "memplan: out of memory in a planned step"  # how a note begins that no recording was needed for
+PLANNED = "memplan: out of memory in a planned step"  # how the note of what was planned begins
 
 
 @contextlib.contextmanager
@@ -51,7 +49,7 @@ def on_oom(path: str | os.PathLike[str], device: torch.device | str | None = Non
             yield
     except BaseException as error:
         with contextlib.suppress(Exception):  # nothing may take the place of the error
-            asked = _asked(error)
+            asked = bytes_asked(error)
             if asked is not None:
                 _note(error, *_explain(recorder, path, asked))
             recorder.close()
@@ -59,67 +57,14 @@ def on_oom(path: str | os.PathLike[str], device: torch.device | str | None = Non
     recorder.close()
 
 
-def explain(error: Exception, find: Callable[[], Failure], out: str | None = None) -> None:
-    """Note on an error of a planned step, if it is out of memory, what was planned there; `find` says where that was.
-    The plan's timeline is written beside `out`: plan.html -> plan.oom.html. Nothing that fails here leaves it.
-    """
-    with contextlib.suppress(Exception):
-        asked = _asked(error)
-        if asked is None or _planned_notes(error):
-            return
-        free = None
-        try:
-            free = free_bytes(torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"))
-            failure = find()
-            text = f"{PLANNED}: {_planned(failure, asked, free)}"
-        except Exception as failed:
-            error.add_note(f"{PLANNED}: {_sizes(asked, free)}; no more is known: {type(failed).__name__}: {failed}")
-            return
-        error.add_note(text + _saved(failure.plan, text, out))
-
-
-def _planned(failure: Failure, asked: int, free: int | None) -> str:
-    """What was planned to be alive at the place of a failure, and what would fit."""
-    plan, at = failure.plan, failure.moment
-    timeline, budget = plan.timeline, plan.budget
-    here, peak = timeline.moments[at], timeline.moments[timeline.peak_moment]
-    where = f"at {here.name} in {here.phase}" if failure.exact else f"in {here.phase}, at most at {here.name}"
-    kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_moment(timeline, at).items())
-    lines = [
-        f"{_sizes(asked, free)}",
-        f"  planned {where}: {human(timeline.totals[at])}: {kinds}",
-        *(f"  {block_line(block)}" for block in folded(timeline.alive(at))[:LARGEST]),
-        *_rest(folded(timeline.alive(at))[LARGEST:]),
-        f"  planned peak {human(timeline.peak)} at {peak.name} in {peak.phase}, budget {human(budget.bytes)}, policy "
-        f"{plan.policy}",
-    ]
-    if free is not None:
-        room = timeline.totals[at] - asked + free  # what was asked for is planned there
-        fits = f'options={{"budget": "{budget.needed_for(room)}B"}}'
-        lines.append(f"  a step inside {human(room)} would fit here: {fits}" if room > timeline.base_bytes else "")
-    return "\n".join(filter(None, lines))
-
-
-def _saved(plan: Plan, text: str, out: str | None) -> str:
-    """Write the plan with the note. Returns the line that says where."""
-    if out is None:
-        return ""
-    path = Path(out).with_name(f"{Path(out).stem}.oom{Path(out).suffix}")
-    try:
-        timeline = dataclasses.replace(plan.timeline, title=f"{plan.timeline.title}, out of memory")
-        report.save(dataclasses.replace(plan, timeline=timeline, notes=(*plan.notes, text)).with_others(), path)
-    except Exception as failed:
-        return f"\n  no timeline: {type(failed).__name__}: {failed}"
-    return f"\n  the plan's timeline: {path}"
-
-
-def _planned_notes(error: BaseException) -> list[str]:
+def planned_notes(error: BaseException) -> list[str]:
+    """The notes of what was planned, one at most."""
     return [note for note in getattr(error, "__notes__", ()) if note.startswith(PLANNED)]
 
 
 def _note(error: BaseException, measured: bool, text: str) -> None:
     """Add what a recording says. One note is enough: what was measured, else what was planned."""
-    planned = _planned_notes(error)
+    planned = planned_notes(error)
     if measured or not planned:
         error.add_note(text)
         for note in planned:
@@ -133,11 +78,11 @@ def _explain(recorder: Rolling, path: str | os.PathLike[str], asked: int) -> tup
         free = free_bytes(recorder.device)  # before the report takes some of it
         seen = recorder.close()
         if seen is None:
-            return False, f"memplan: {_sizes(asked, free)}; no timeline: another profiler was running"
+            return False, f"memplan: {sizes(asked, free)}; no timeline: another profiler was running"
         text = _describe(seen.timeline, asked, free)
         report.save(dataclasses.replace(seen.timeline, title="out of memory", notes=(text,)), path)
     except Exception as failure:
-        return False, f"memplan: {_sizes(asked, free)}; no timeline: {type(failure).__name__}: {failure}"
+        return False, f"memplan: {sizes(asked, free)}; no timeline: {type(failure).__name__}: {failure}"
     return True, f"{text}\n  the timeline up to here: {os.fspath(path)}"
 
 
@@ -147,9 +92,9 @@ def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     alive = folded(timeline.alive(at))
     total = timeline.totals[at] if timeline.moments else timeline.base_bytes
     kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_moment(timeline, at).items())
-    lines = [f"memplan: {_sizes(asked, free)}, beside {human(total)} alive: {kinds}"]
+    lines = [f"memplan: {sizes(asked, free)}, beside {human(total)} alive: {kinds}"]
     lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
-    lines += _rest(alive[LARGEST:])
+    lines += rest(alive[LARGEST:])
     lines += [f"  {line}" for line in beside(timeline, at)]
     if free is not None:
         fits = human(total + free)
@@ -157,16 +102,18 @@ def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     return "\n".join(lines)
 
 
-def _rest(blocks: list[Block]) -> list[str]:
+def rest(blocks: list[Block]) -> list[str]:
+    """What is not named, in a line; none where nothing is left."""
     return [f"  {human(sum(b.bytes for b in blocks)):>10}  in others"] if blocks else []
 
 
-def _sizes(asked: int, free: int | None) -> str:
+def sizes(asked: int, free: int | None) -> str:
+    """What was wanted and what was there."""
     wanted = f"asked for {human(asked)}" if asked else "out of memory"
     return wanted if free is None else f"{wanted} where {human(free)} was free"
 
 
-def _asked(error: BaseException) -> int | None:
+def bytes_asked(error: BaseException) -> int | None:
     """The bytes that an error, or one that it was raised from, could not get; 0: unknown; None: it is another error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -175,4 +122,4 @@ def _asked(error: BaseException) -> int | None:
     if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text and "memory" in text:
         found = re.search(r"tried to allocate (\d+) bytes", text)
         return int(found[1]) if found else 0
-    return _asked(error.__cause__) if error.__cause__ is not None else None
+    return bytes_asked(error.__cause__) if error.__cause__ is not None else None

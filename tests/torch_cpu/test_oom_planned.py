@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import memplan
-from memplan import oom
+from memplan import oom, planned_oom
 from memplan.backend import memplan_backend
 from memplan.ir import Budget, Decisions, Machine, Plan, Recompute, Step
 from memplan.units import human
@@ -78,7 +78,7 @@ def test_a_step_under_a_limit(inner: str, phase: str, tmp_path: Path) -> None:
     plan = Plan.load(tmp_path / "plan.oom.json")
     assert f"planned peak {human(plan.peak)} at " in note and "budget 4.000 GB, policy greedy" in note
     assert note.rstrip().endswith(f"the plan's timeline: {tmp_path / 'plan.oom.json'}")
-    assert "out of memory" in plan.timeline.title and f"{oom.PLANNED}: asked for " in plan.notes[-1]
+    assert "out of memory" in plan.timeline.title and f"{oom.PLANNED}: asked for " in plan.timeline.notes[-1]
     free = float(note.split("where ")[1].split(" MB was free")[0])
     assert free < 67.2
     if inner == "eager":
@@ -248,7 +248,7 @@ def test_a_failing_report_masks_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert "\n  no timeline: MemplanError: cannot write" in note_of(failing(run, 1))
     monkeypatch.setattr("memplan.passes.dispatch.located", lambda *_: 1 / 0)
     assert note_of(failing(run, 2)).endswith("no more is known: ZeroDivisionError: division by zero")
-    monkeypatch.setattr(oom, "_asked", lambda _: 1 / 0)
+    monkeypatch.setattr(planned_oom, "bytes_asked", lambda _: 1 / 0)
     assert not hasattr(failing(run, 1), "__notes__")
 
 
