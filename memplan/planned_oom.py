@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def _describe(failure: Failure, asked: int, free: int | None) -> str:
     here, peak = timeline.moments[at], timeline.moments[timeline.peak_moment]
     where = f"at {here.name} in {here.phase}" if failure.exact else f"in {here.phase}, at most at {here.name}"
     kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_moment(timeline, at).items())
-    alive = folded(timeline.alive(at))
+    numbered = timeline.alive(at)  # mm_5, mm_12: the same in two layers
+    alive = folded(dataclasses.replace(block, name=re.sub(r"_\d+$", "", block.name)) for block in numbered)
     lines = [
         sizes(asked, free),
         f"  planned {where}: {human(timeline.totals[at])}: {kinds}",
