@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import serialize
+from memplan.errors import MemplanError
 from memplan.groups import groups
 from memplan.ir import Budget, Keep, Machine, Offload, Op, Plan, Recompute, Step
 from memplan.passes import reasons
@@ -104,6 +105,21 @@ def test_what_is_offloaded_could_be_kept(step: Step) -> None:
     assert said(tight, "tanh") == f"keep: over by {human(LARGE)}"
 
 
+def test_a_copy_that_waits_for_what_runs_no_more_is_placed_anew(step: Step) -> None:
+    """tanh_1 comes back before mm_3 runs again, which it does not if tanh_3 is kept."""
+    index = {t.name: i for i, t in enumerate(step.tensors)}
+    again = next(i for i, op in enumerate(step.ops) if op.name == "mm_3")
+    decisions = dict.fromkeys(step.read_in_backward, Keep()) | {
+        index["tanh_1"]: Offload(reload_at=again),
+        index["tanh_3"]: Recompute(),
+    }
+    budget = dataclasses.replace(AMPLE, host_bytes=10**9)
+    plan = evaluate(step, decisions, budget, BUS, "eager", "by hand")
+    with pytest.raises(MemplanError):
+        evaluate(step, dict(plan.decisions) | {index["tanh_3"]: Keep()}, budget, BUS, "eager", "by hand")
+    assert said(plan, "tanh_3").startswith("keep: fits, ")
+
+
 @settings(max_examples=40, deadline=None)
 @given(steps(), st.data())
 def test_over_by_is_by_the_simulator(step: Step, data: st.DataObject) -> None:
@@ -113,7 +129,7 @@ def test_over_by_is_by_the_simulator(step: Step, data: st.DataObject) -> None:
     decisions = {t: Recompute() if t in recomputed else Keep() for t in undecided}
     try:
         plan = evaluate(step, decisions, Budget(0), MACHINE, "eager", "by hand")
-    except reasons.MemplanError:  # of an op that must not run twice
+    except MemplanError:  # of an op that must not run twice
         return
     instead = with_reasons(plan).instead
     for members in groups(plan):
