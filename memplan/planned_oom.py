@@ -64,7 +64,7 @@ def _describe(failure: Failure, asked: int, free: int | None) -> str:
         *(f"  {block_line(block)}" for block in alive[:LARGEST]),
         *rest(alive[LARGEST:]),
         f"  planned peak {human(timeline.peak)} at {peak.name} in {peak.phase}, budget {human(budget.bytes)}, policy "
-        f"{plan.policy}",
+        f"{plan.policy}" + (f", for sizes {dict(plan.step.sizes)}" if plan.step.sizes else ""),
     ]
     if free is not None:
         room = timeline.totals[at] - asked + free  # what was asked for is planned there

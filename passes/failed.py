@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from memplan.ir import Held, Plan
+from memplan.ir import Plan
 from memplan.passes import joint
 from memplan.runtime.failing import Place
 
 if TYPE_CHECKING:
     from memplan.passes.dispatch import Variant
+    from memplan.passes.whole_step import Run
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Failure:
 
 
 def located(variant: Variant, place: Place) -> Failure:
-    """The failure of a variant that has a plan."""
+    """The failure of a variant that has a plan: the plan as it was made, with what was held when it was looked at last.
+    There is no memory to look again, and a recording under way would record each call of it.
+    """
     step, plan = variant.owner.step, variant.compiled.plan
     assert plan is not None
     runs = [] if step is None else [*step.runs]
@@ -36,12 +39,19 @@ def located(variant: Variant, place: Place) -> Failure:
     own = [k for k, run in enumerate(runs) if run.variant is variant]
     if step is None or not own:
         return Failure(plan, *place.moment_of(plan.timeline))
-    held, k = step.held_now(), own[-1]
-    if len(runs) == 1:
-        plan = variant.with_held(runs[k].sizes, held)
-        return Failure(plan, *place.moment_of(plan.timeline))
-    parts = [run.part(run.variant.with_held(run.sizes, Held())) for run in runs]
-    moment, exact = place.moment_of(parts[k].plan.timeline)
-    timeline = joint.compose(parts, held, f"{plan.step.name}, {len(parts)} graphs")
+    k = own[-1]
+    parts = [run.part(_made(run)) for run in runs]
+    plan = parts[k].plan
+    moment, exact = place.moment_of(plan.timeline)
+    if len(parts) == 1:
+        return Failure(plan, moment, exact)
+    timeline = joint.compose(parts, step.held, f"{plan.step.name}, {len(parts)} graphs")
     budget = variant.owner.partitioner.budget
     return Failure(replace(plan, timeline=timeline, budget=budget), joint.placed(parts, k, moment), exact)
+
+
+def _made(run: Run) -> Plan:
+    """The plan of a run, for its own sizes where there is one."""
+    plan = run.variant.plans.get(run.sizes, run.variant.compiled.plan)
+    assert plan is not None
+    return plan

@@ -84,6 +84,7 @@ class WholeStep:
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
     now: Run | None = None  # under way
+    held: Held = field(default_factory=Held)  # when it was looked at last
 
     def run(self, graph: Adaptive, args: Sequence[Any]) -> Any:
         """Run a graph with the variant that the step allows."""
@@ -207,7 +208,7 @@ class WholeStep:
         closed = first is not None and first.step.closed
         if not self.runs and (closed or not (plan or self.several)):
             return graph.choose(args)
-        total = self.held_now([args[i] for i in graph.parameters])
+        total = self._held([args[i] for i in graph.parameters])
         if plan is not None and position < len(plan.variants):
             variant = plan.variants[position]
             within = all(n <= most for n, most in zip(sizes, plan.sizes[position], strict=False))
@@ -225,14 +226,15 @@ class WholeStep:
             raise does_not_fit(found, found)
         return variant
 
-    def held_now(self, parameters: Sequence[torch.Tensor] = ()) -> Held:
+    def _held(self, parameters: Sequence[torch.Tensor] = ()) -> Held:
         """What the process holds for these parameters, and for those of all runs before."""
         known = {id(p): p for p in (ref() for ref in self.parameters) if p is not None}
         new = [p for p in parameters if id(p) not in known]
         if new:
             self.parameters += [weakref.ref(p) for p in new]
             known |= {id(p): p for p in new}
-        return self.watch.held(list(known.values()))
+        self.held = self.watch.held(list(known.values()))
+        return self.held
 
     def _composed(self, parts: Sequence[Part], total: Held, graph: Adaptive) -> Plan:
         """The parts as one plan, with no decisions of its own: for its peak, and to say what does not fit."""
@@ -256,7 +258,7 @@ class WholeStep:
 
     def _plan(self, last: Sequence[Run], *, again: bool) -> Joint:
         """Plan the runs of a step as one. Raises DoesNotFit."""
-        total = self.held_now()
+        total = self._held()
         for factor in (2, 1) if again else (1,):  # sizes or bytes held have grown: leave room for more
             sizes = tuple(run.graph.larger(run.sizes, factor) for run in last)
             try:
