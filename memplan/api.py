@@ -42,7 +42,9 @@ def plan(
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
     """
+    from memplan.passes.bound import with_bound
     from memplan.passes.pipeline import make_plan
+    from memplan.passes.reasons import with_reasons
     from memplan.passes.trace import trace
 
     partitioner, options = _asked(
@@ -55,7 +57,8 @@ def plan(
         host_budget=host_budget,
     )
     traced = trace(step, batch, partitioner, options.optimizer)
-    return make_plan(traced, options.policy, partitioner.budget, partitioner.machine, inner=options.inner)
+    made = make_plan(traced, options.policy, partitioner.budget, partitioner.machine, inner=options.inner)
+    return with_bound(with_reasons(made)).with_others()
 
 
 def largest(step: Callable[..., Any], batch: Any, dimension: Literal["tokens", "batch"], **options: Any) -> int:

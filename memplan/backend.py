@@ -25,6 +25,7 @@ from memplan.passes.compat import broken_at, compile_call, nested, resumed_at
 from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
 from memplan.passes.whole_step import WholeStep
+from memplan.planned_oom import explain
 from memplan.runtime.held import Watch
 from memplan.serialize import to_json
 
@@ -66,6 +67,7 @@ def memplan_backend(
         partitioner,
         _compiler(read),
         lambda plan: _report(plan, read),
+        functools.partial(explain, out=read.out),
         dict(read.limits),
         step,
         read.optimizer,
@@ -122,4 +124,4 @@ def _report(plan: Plan, options: Options) -> None:
     for note in plan.step.notes:  # what the plan cannot promise, but for what was tiled
         log.log(logging.INFO if note.startswith("tiled") else logging.WARNING, "%s", note)
     if options.out is not None:
-        plan.save(options.out)
+        plan.with_others().save(options.out)

@@ -450,6 +450,9 @@ class Timeline:
     """What is alive when. `base` are bytes alive throughout, by kind.
 
     `host`: what is off the device, over the same moments, with its tier for a decision; it is in no total.
+    `others`: what is on the device and not the step's, over the same moments: of a plan the context and what is held
+    back against fragmentation, of a recording what the device had in use beside torch's allocator. It is in no total
+    either: `beside`.
     """
 
     title: str
@@ -459,6 +462,7 @@ class Timeline:
     base: tuple[tuple[Kind, int], ...] = ()
     notes: tuple[str, ...] = ()
     host: tuple[Block, ...] = ()
+    others: tuple[Block, ...] = ()
 
     @property
     def base_bytes(self) -> int:
@@ -468,6 +472,11 @@ class Timeline:
     def totals(self) -> tuple[int, ...]:
         """Bytes alive at each moment, base included."""
         return tuple(self.base_bytes + n for n in _sums(self.blocks, len(self.moments)))
+
+    @functools.cached_property
+    def beside(self) -> tuple[int, ...]:
+        """Bytes that others hold at each moment."""
+        return tuple(_sums(self.others, len(self.moments)))
 
     def away(self, tier: Tier) -> int:
         """The most bytes that are in a tier below the device at a time."""
@@ -546,7 +555,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions for every storage that could cross from forward to backward, and what follows from them."""
+    """Decisions for every storage that could cross from forward to backward, and what follows from them.
+
+    `reasons`: storages decided alike, and what would follow from the other choice, where memplan.plan has looked:
+    "recompute: +3.1 ms", "keep: over by 1.200 GB".
+    `bound`: what no plan inside this budget can beat, where memplan.plan has looked.
+    """
 
     step: Step
     decisions: tuple[tuple[int, Decision], ...]
@@ -558,6 +572,17 @@ class Plan:
     base_seconds: float  # the step's estimated time with nothing recomputed
     inner: str = "eager"
     notes: tuple[str, ...] = ()
+    reasons: tuple[tuple[tuple[int, ...], str], ...] = ()
+    bound: Bound | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """By how much of the step's time with nothing recomputed a better plan could be faster, at most; None: it is
+        not known.
+        """
+        if self.bound is None or not self.base_seconds:
+            return None
+        return max(0.0, (self.timeline.seconds - self.bound.seconds) / self.base_seconds)
 
     @property
     def forward(self) -> tuple[Run, ...]:
@@ -595,6 +620,18 @@ class Plan:
     def offloads(self) -> dict[int, Offload]:
         """Those of them that leave the device."""
         return {t: d for t, d in self.decisions if isinstance(d, Offload)}
+
+    @property
+    def instead(self) -> dict[int, str]:
+        """`reasons`, by storage."""
+        return {t: reason for members, reason in self.reasons for t in members}
+
+    def with_others(self) -> Plan:
+        """The plan, its timeline with what the budget leaves to others."""
+        held = (("context", self.budget.fixed_bytes), ("fragmentation reserve", self.budget.reserve_bytes))
+        end = len(self.timeline.moments)
+        others = tuple(Block(name, size, "temporary", 0, end) for name, size in held if size)
+        return dataclasses.replace(self, timeline=dataclasses.replace(self.timeline, others=others))
 
     def __str__(self) -> str:
         from memplan import report

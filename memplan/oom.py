@@ -5,6 +5,8 @@
             train(batch)
 
 In: any code, planned or not. Out: when it runs out of memory, its last timeline as a file, and a note on the error.
+A step that memplan has compiled has such a note by itself, of what was planned (planned_oom.py). What was recorded is
+more exact, and its note takes the place of that one.
 What must hold: the error that leaves the block is the one that was raised in it, whatever happens to the report.
 """
 
@@ -20,12 +22,13 @@ import torch
 
 from memplan import report
 from memplan.ir import Block, Timeline
-from memplan.report.text import at_moment, block_line, folded
+from memplan.report.text import at_moment, beside, block_line, folded
 from memplan.runtime.free import free_bytes
 from memplan.runtime.rolling import Rolling
 from memplan.units import human, parse_bytes
 
 LARGEST = 8  # tensors named in the note, equal ones of equal layers as one
+PLANNED = "memplan: out of memory in a planned step"  # how the note of what was planned begins
 
 
 @contextlib.contextmanager
@@ -46,27 +49,41 @@ def on_oom(path: str | os.PathLike[str], device: torch.device | str | None = Non
             yield
     except BaseException as error:
         with contextlib.suppress(Exception):  # nothing may take the place of the error
-            asked = _asked(error)
+            asked = bytes_asked(error)
             if asked is not None:
-                error.add_note(_explain(recorder, path, asked))
+                _note(error, *_explain(recorder, path, asked))
             recorder.close()
         raise
     recorder.close()
 
 
-def _explain(recorder: Rolling, path: str | os.PathLike[str], asked: int) -> str:
-    """The note on the error. It is one whatever fails here: the error itself matters more."""
+def planned_notes(error: BaseException) -> list[str]:
+    """The notes of what was planned, one at most."""
+    return [note for note in getattr(error, "__notes__", ()) if note.startswith(PLANNED)]
+
+
+def _note(error: BaseException, measured: bool, text: str) -> None:
+    """Add what a recording says. One note is enough: what was measured, else what was planned."""
+    planned = planned_notes(error)
+    if measured or not planned:
+        error.add_note(text)
+        for note in planned:
+            error.__notes__.remove(note)
+
+
+def _explain(recorder: Rolling, path: str | os.PathLike[str], asked: int) -> tuple[bool, str]:
+    """Whether there is a recording, and the note. It is one whatever fails here: the error itself matters more."""
     free = None
     try:
         free = free_bytes(recorder.device)  # before the report takes some of it
         seen = recorder.close()
         if seen is None:
-            return f"memplan: {_sizes(asked, free)}; no timeline: another profiler was running"
+            return False, f"memplan: {sizes(asked, free)}; no timeline: another profiler was running"
         text = _describe(seen.timeline, asked, free)
         report.save(dataclasses.replace(seen.timeline, title="out of memory", notes=(text,)), path)
     except Exception as failure:
-        return f"memplan: {_sizes(asked, free)}; no timeline: {type(failure).__name__}: {failure}"
-    return f"{text}\n  the timeline up to here: {os.fspath(path)}"
+        return False, f"memplan: {sizes(asked, free)}; no timeline: {type(failure).__name__}: {failure}"
+    return True, f"{text}\n  the timeline up to here: {os.fspath(path)}"
 
 
 def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
@@ -75,25 +92,28 @@ def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     alive = folded(timeline.alive(at))
     total = timeline.totals[at] if timeline.moments else timeline.base_bytes
     kinds = ", ".join(f"{kind} {human(size)}" for kind, size in at_moment(timeline, at).items())
-    lines = [f"memplan: {_sizes(asked, free)}, beside {human(total)} alive: {kinds}"]
+    lines = [f"memplan: {sizes(asked, free)}, beside {human(total)} alive: {kinds}"]
     lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
-    lines += _rest(alive[LARGEST:])
+    lines += rest(alive[LARGEST:])
+    lines += [f"  {line}" for line in beside(timeline, at)]
     if free is not None:
         fits = human(total + free)
         lines.append(f'  a step inside {fits} would fit here: memplan.plan(step, batch, budget="{fits}")')
     return "\n".join(lines)
 
 
-def _rest(blocks: list[Block]) -> list[str]:
+def rest(blocks: list[Block]) -> list[str]:
+    """What is not named, in a line; none where nothing is left."""
     return [f"  {human(sum(b.bytes for b in blocks)):>10}  in others"] if blocks else []
 
 
-def _sizes(asked: int, free: int | None) -> str:
+def sizes(asked: int, free: int | None) -> str:
+    """What was wanted and what was there."""
     wanted = f"asked for {human(asked)}" if asked else "out of memory"
     return wanted if free is None else f"{wanted} where {human(free)} was free"
 
 
-def _asked(error: BaseException) -> int | None:
+def bytes_asked(error: BaseException) -> int | None:
     """The bytes that an error, or one that it was raised from, could not get; 0: unknown; None: it is another error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -102,4 +122,4 @@ def _asked(error: BaseException) -> int | None:
     if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text and "memory" in text:
         found = re.search(r"tried to allocate (\d+) bytes", text)
         return int(found[1]) if found else 0
-    return _asked(error.__cause__) if error.__cause__ is not None else None
+    return bytes_asked(error.__cause__) if error.__cause__ is not None else None

@@ -10,12 +10,20 @@ policies of any kind, and an infeasible program (relaxation.py) proves that noth
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from memplan.ir import Bound, Budget, Machine, Step
+from memplan.ir import Bound, Budget, Machine, Plan, Step
 from memplan.passes.necessity import necessity
 from memplan.passes.relaxation import Relaxation
 
 SLACK = 1e-6  # of the time: what a solver's tolerances may be worth
+
+
+def with_bound(plan: Plan) -> Plan:
+    """The plan with its bound; none where it uses what is outside of the class, the disk, or where nothing fits."""
+    found = bound(plan.step, plan.budget, plan.machine)
+    outside = any(offload.tier != "host" for offload in plan.offloads.values())
+    return plan if outside or math.isinf(found.seconds) else replace(plan, bound=found)
 
 
 def bound(step: Step, budget: Budget, machine: Machine) -> Bound:

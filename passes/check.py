@@ -17,7 +17,7 @@ def check(plan: Plan) -> list[str]:
 
 
 def _decisions(plan: Plan) -> list[str]:
-    broken, seen = [], set()
+    broken, seen, elsewhere = [], set(), _read_elsewhere(plan.step)
     for t, decision in plan.decisions:
         if not 0 <= t < len(plan.step.tensors):
             broken.append(f"decision for storage {t}, and the step has {len(plan.step.tensors)}")
@@ -30,7 +30,7 @@ def _decisions(plan: Plan) -> list[str]:
             broken.append(f"{name}: {decision} for a {plan.step.tensors[t].kind} that is always there")
         elif _needs_tangents(plan.step, t):
             broken.append(f"{name}: {decision} for a storage that exists only in backward")
-        elif t in _read_elsewhere(plan.step):
+        elif t in elsewhere:
             broken.append(f"{name}: {decision} for a storage that another unit of the step reads")
         elif isinstance(decision, Offload) and any(t in g.outputs for g in plan.step.graphs if g.phase == "forward"):
             broken.append(f"{name}: {decision} for a result of forward, which the caller holds")
@@ -85,7 +85,7 @@ def _execution(plan: Plan) -> list[str]:
                 copied |= dict.fromkeys(left, graph.unit)
         if graph.phase == "forward":
             broken += _starts(step, graph, runs, away)
-        leaves = {t for t in kept if t in step.producer and step.producer[t][1] in graph.ops} | set(graph.outputs)
+        leaves = (kept & {t for op in graph.ops for t in op.outputs}) | set(graph.outputs)
         if graph.phase == "forward":
             for t in sorted(leaves - have):
                 broken.append(f"{_name(step, t)}: leaves {graph.name} and was never made there")

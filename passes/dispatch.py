@@ -25,8 +25,10 @@ from memplan.errors import DoesNotFit
 from memplan.ir import Budget, Decision, Held, Machine, Plan, Step
 from memplan.passes.calls import Sizes, copied
 from memplan.passes.compat import dimension
+from memplan.passes.failed import Failure, located
 from memplan.passes.partition import Partitioner, Resized, SizesGiven
 from memplan.passes.whole_step import WholeStep
+from memplan.runtime.failing import Place
 from memplan.runtime.held import Watch
 from memplan.runtime.host_pool import reserve
 
@@ -66,6 +68,7 @@ class Chosen:
 
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any], Partitioner], Compiled]
+Explain = Callable[[Exception, Callable[[], Failure]], None]
 
 
 def adaptive(
@@ -74,17 +77,19 @@ def adaptive(
     partitioner: Partitioner,
     compiler: Compiler,
     report: Callable[[Plan], None],
+    explain: Explain,
     limits: Mapping[str, int],
     step: WholeStep | None = None,
     optimizer: Any = None,
 ) -> Callable[..., Any]:
-    """The callable for a graph; `limits` are the largest sizes to come, where they are known; `step` knows of the
-    other graphs that run with it; `optimizer` is declared ahead.
+    """The callable for a graph. `explain` hears of errors in runs of it, and can ask where in the plan they were;
+    `limits` are the largest sizes to come, where they are known; `step` knows of the other graphs that run with it;
+    `optimizer` is declared ahead.
     """
     symbols = {i: n for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
     names = {i: str(n.node.expr) for i, n in symbols.items()}
     most = tuple(limits.get(_called(n), math.inf) for n in symbols.values())
-    made = Adaptive(copied(graph), partitioner, compiler, report, names, most, step, watch=Watch(optimizer))
+    made = Adaptive(copied(graph), partitioner, compiler, report, explain, names, most, step, watch=Watch(optimizer))
     traced = map(Sizes().of, symbols.values())
     first = tuple(n if m is math.inf else max(n, int(m)) for n, m in zip(traced, most, strict=True))
     made.add(example_inputs, first, made.held(example_inputs), smallest=step is not None and step.several)
@@ -150,6 +155,7 @@ class Adaptive:
     partitioner: Partitioner
     compiler: Compiler
     report: Callable[[Plan], None]
+    explain: Explain
     symbols: dict[int, str]
     limits: tuple[float, ...]
     step: WholeStep | None = None
@@ -189,13 +195,12 @@ class Adaptive:
         """Compile a plan for these sizes with so much held. Raises DoesNotFit."""
         several = self.step is not None and self.step.several
         partitioner = replace(self.partitioner, sizes=self.given(sizes), held=held, smallest=smallest, several=several)
-        compiled = self.compiler(self.graph, inputs, partitioner)
-        variant = Variant(self, compiled, smallest, [(*sizes, *held.extent)])
+        variant = self._compiled(inputs, partitioner, smallest, [(*sizes, *held.extent)])
         self.variants.append(variant)
         self.planned_for.append(sizes)
-        if compiled.plan is not None:
-            reserve(compiled.plan)
-            self.report(compiled.plan)
+        if variant.compiled.plan is not None:
+            reserve(variant.compiled.plan)
+            self.report(variant.compiled.plan)
         return variant
 
     def smallest(self) -> Variant:
@@ -220,11 +225,24 @@ class Adaptive:
                 several=True,
             )
             with self._compiling():
-                compiled = self.compiler(self.graph, self.fakes, partitioner)
-            if compiled.plan is not None:
-                reserve(compiled.plan)
-            self.by_decisions[key] = Variant(self, compiled, False, [])
+                variant = self._compiled(self.fakes, partitioner, False, [])
+            if variant.compiled.plan is not None:
+                reserve(variant.compiled.plan)
+            self.by_decisions[key] = variant
         return self.by_decisions[key]
+
+    def _compiled(
+        self, inputs: Sequence[Any], partitioner: Partitioner, smallest: bool, fits_up_to: list[Point]
+    ) -> Variant:
+        made: list[Variant] = []
+
+        def failed(error: Exception, place: Place) -> None:
+            if made and made[0].compiled.plan is not None:
+                self.explain(error, lambda: located(made[0], place))
+
+        compiled = self.compiler(self.graph, inputs, replace(partitioner, failed=failed))
+        made.append(Variant(self, compiled, smallest, fits_up_to))
+        return made[0]
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ In: a Dynamo graph and a Partitioner. Out: AOTAutograd's callable, whose peak is
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from memplan.passes.compat import random_draws_stay
 from memplan.passes.dispatch import Compiled
 from memplan.passes.partition import Partitioner, Resized
 from memplan.passes.phases import has_backward
+from memplan.passes.recompute import MOMENT
 from memplan.runtime.executor import compile_eager
+from memplan.runtime.failing import Failed, watched
 
 
 def compile_planned(graph: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner) -> Compiled:
@@ -26,14 +29,26 @@ def compile_planned(graph: fx.GraphModule, example_inputs: Sequence[Any], partit
     planned: list[tuple[Plan, Resized]] = []
     target = dataclasses.replace(partitioner, on_plan=lambda *made: planned.append(made))
 
+    def half(graph: fx.GraphModule, inputs: Any, phase: str = "") -> Callable[[list[Any]], Any]:
+        return watched(compile_eager(graph, inputs), phase, _moments(graph, target.failed))
+
     def whole(graph: fx.GraphModule, inputs: Any) -> Callable[[list[Any]], Any]:
         if has_backward(graph):
             target.whole(graph)
-        return compile_eager(graph, inputs)
+        return half(graph, inputs)
 
     compiler = aot_autograd(
-        fw_compiler=compile_eager, bw_compiler=compile_eager, inference_compiler=whole, partition_fn=target
+        fw_compiler=functools.partial(half, phase="forward"),
+        bw_compiler=functools.partial(half, phase="backward"),
+        inference_compiler=whole,
+        partition_fn=target,
     )
     with random_draws_stay():  # Inductor has random numbers of its own, and leaves out those that nothing reads
         run = compiler(copied(graph), example_inputs)
     return Compiled(run, *planned[-1]) if planned else Compiled(run)
+
+
+def _moments(graph: fx.GraphModule, failed: Failed) -> Failed:
+    """`failed`, told the moment of the plan as well."""
+    moments = {node.name: node.meta[MOMENT] for node in graph.graph.nodes if MOMENT in node.meta}
+    return lambda error, place: failed(error, dataclasses.replace(place, moment=moments.get(place.name)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 from torch import fx
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.graph import GraphLowering
 
@@ -32,6 +32,7 @@ from memplan.passes.phases import has_backward
 from memplan.passes.pipeline import does_not_fit
 from memplan.passes.simulate import base, followed
 from memplan.passes.wrapper import Tape, ghost, run_wrapper
+from memplan.runtime.failing import Failed, watched
 
 ROUNDS = 3
 MARGIN = 0.99  # each new plan aims this much lower, so that rounds do not creep up on the budget
@@ -155,7 +156,8 @@ def _compile(
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
     ):
         try:
-            run: Any = compile_fx(copied(graph), list(example_inputs), config_patches=patches)
+            watching = _watching(partitioner.failed)
+            run: Any = compile_fx(copied(graph), list(example_inputs), inner_compile=watching, config_patches=patches)
         except torch._inductor.exc.InvalidCxxCompiler as e:
             raise MemplanError(
                 "inner='inductor' generates C++ on the CPU, and no C++ compiler was found: install g++ or clang++, "
@@ -171,6 +173,19 @@ def _compile(
         return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, Sizes(sizes)))
 
     return Compiled(run, resized(partitioner.sizes, partitioner.held), resized), plan.peak
+
+
+def _watching(failed: Failed) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, of whose errors `failed` hears. AOTAutograd's cache, off here, skips it."""
+
+    def compile_one(*args: Any, **kwargs: Any) -> Any:
+        made: Any = compile_fx_inner(*args, **kwargs)
+        if getattr(made, "current_callable", None) is not None:
+            phase = "backward" if kwargs.get("is_backward") else "" if kwargs.get("is_inference") else "forward"
+            made.current_callable = watched(made.current_callable, phase, failed)
+        return made
+
+    return compile_one
 
 
 def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Timeline:

@@ -235,11 +235,7 @@ def _elsewhere(decision: Offload, places: Mapping[int | None, int]) -> Offload:
 
 def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
     """The timeline of the step in which the parts ran in this order, forward, and in reverse, backward."""
-    sizes = [_count(p.plan.timeline) for p in parts]
-    ahead = list(itertools.accumulate((f for f, _ in sizes), initial=0))
-    behind, at = [0] * len(parts), ahead[-1]
-    for k in reversed(range(len(parts))):
-        behind[k], at = at, at + sizes[k][1]
+    sizes, ahead, behind, at = _offsets(parts)
     crossing = links(parts)
     ends = _gradients(parts, crossing, behind, at, adding=any(kind == "gradient" for kind, _ in held.kinds))
     blocks, host = list[Block](), list[Block]()
@@ -259,6 +255,23 @@ def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
     moments, base = _moments(parts, sizes), _base(parts, crossing, held)
     made = Timeline(title, "predicted", moments, tuple(blocks), base, host=tuple(host))
     return followed(made, held)
+
+
+def placed(parts: Sequence[Part], k: int, moment: int) -> int:
+    """A moment of the k-th part's own timeline in that of all."""
+    sizes, ahead, behind, _ = _offsets(parts)
+    first = sizes[k][0]
+    return ahead[k] + moment if moment < first else behind[k] + moment - first
+
+
+def _offsets(parts: Sequence[Part]) -> tuple[list[tuple[int, int]], list[int], list[int], int]:
+    """For each part its moments forward and backward, and where they begin in the timeline of all; and its end."""
+    sizes = [_count(p.plan.timeline) for p in parts]
+    ahead = list(itertools.accumulate((f for f, _ in sizes), initial=0))
+    behind, at = [0] * len(parts), ahead[-1]
+    for k in reversed(range(len(parts))):
+        behind[k], at = at, at + sizes[k][1]
+    return sizes, ahead, behind, at
 
 
 def _count(timeline: Timeline) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from memplan.passes.compat import replay_random, save_random
 from memplan.passes.kernel_order import PART
 from memplan.passes.offload import arrive, release, reload, start
 from memplan.passes.prefetch import spread
+from memplan.passes.recompute import MOMENT
 
 Made = dict[fx.Node, fx.Node]  # a node of the old graph -> what stands for it now in the new one
 
@@ -104,6 +105,7 @@ class _Rewriter:
         for needed in node.all_input_nodes:
             self._emit(needed)
         new = self._call(node, run)
+        new.meta[MOMENT] = self.moment
         op = self.plan.step.ops[run.op]
         if not op.outputs or self.stays.issuperset(op.outputs):
             self.there.setdefault(node, new)

@@ -25,6 +25,7 @@ from memplan.passes.policies import Policy
 from memplan.passes.recompute import split
 from memplan.passes.tilings import NOTES, Pins, Tiling, in_slices, menu
 from memplan.passes.torch_policies import saved_sets
+from memplan.runtime.failing import Failed, nobody
 
 SURE = 1.1  # times are estimates: what is to be sliced without need must be predicted to be this much faster so
 
@@ -54,6 +55,7 @@ class Partitioner:
     tiles: int | Pins | Literal["auto"] | None = None  # rows of a slice, for all regions or by place; None: no slices
     tilings: list[Tiling] = field(default_factory=list, compare=False, repr=False)  # of the smallest plans
     decided: bool = False  # the policy repeats decisions made for the smallest plan's graph
+    failed: Failed = field(default=nobody, compare=False, repr=False)  # hears of errors of what is compiled
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(

@@ -21,10 +21,12 @@ from torch.fx.experimental.proxy_tensor import is_sym_node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from memplan.errors import MemplanError
-from memplan.ir import Plan, Run
+from memplan.ir import Plan, Run, Step
 from memplan.passes.compat import extract
 from memplan.passes.offload import offload
 from memplan.passes.prefetch import prefetch
+
+MOMENT = "memplan_moment"  # in a node's meta: which moment of the plan it is
 
 
 def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -39,8 +41,8 @@ def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.G
         if run.again and plan.step.ops[run.op].rng_bytes:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     forward, backward = extract(joint, saved, symbols, num_fwd_outputs)
-    forward.graph = _ordered(forward.graph, _nodes(forward.graph, plan, plan.forward))
-    backward.graph = _ordered(backward.graph, _nodes(backward.graph, plan, plan.backward))
+    forward.graph = _ordered(forward.graph, _nodes(forward.graph, plan.step, plan.forward, 0))
+    backward.graph = _ordered(backward.graph, _nodes(backward.graph, plan.step, plan.backward, len(plan.forward)))
     offload(forward.graph, backward.graph, plan)
     for half in (forward, backward):
         prefetch(half.graph)
@@ -52,13 +54,16 @@ def split(joint: fx.GraphModule, plan: Plan, num_fwd_outputs: int) -> tuple[fx.G
     return forward, backward
 
 
-def _nodes(graph: fx.Graph, plan: Plan, runs: Sequence[Run]) -> list[fx.Node]:
-    """The nodes of one half of torch's split that the plan runs there, in its order."""
+def _nodes(graph: fx.Graph, step: Step, runs: Sequence[Run], first: int) -> list[fx.Node]:
+    """The nodes of one half of torch's split that the plan runs there, in its order, from moment `first` on."""
     by_name = {node.name: node for node in graph.nodes}
-    names = [plan.step.ops[run.op].name for run in runs]
+    names = [step.ops[run.op].name for run in runs]
     if missing := [name for name in names if name not in by_name]:
         raise MemplanError(f"the plan runs {', '.join(missing)} where torch's split left it out; please report this")
-    return [by_name[name] for name in names]
+    nodes = [by_name[name] for name in names]
+    for moment, node in enumerate(nodes, first):
+        node.meta[MOMENT] = moment
+    return nodes
 
 
 def _is_tangent(node: fx.Node) -> bool:

@@ -83,6 +83,8 @@ class WholeStep:
     backward_ran: bool = False
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
+    now: Run | None = None  # under way
+    held: Held = field(default_factory=Held)  # when it was looked at last
 
     def run(self, graph: Adaptive, args: Sequence[Any]) -> Any:
         """Run a graph with the variant that the step allows."""
@@ -101,7 +103,9 @@ class WholeStep:
         looks = self.several and torch.is_grad_enabled() and self.outside.unseen((id(graph), len(self.runs)), sizes)
         if looks or any(run.ahead is not None for run in self.runs):  # for the way back, then
             self.outside.open()
+        self.now = now
         result = now.variant.compiled.run(*args)
+        self.now = None
         self._note(now, result, looks)
         return result
 
@@ -229,7 +233,8 @@ class WholeStep:
         if new:
             self.parameters += [weakref.ref(p) for p in new]
             known |= {id(p): p for p in new}
-        return self.watch.held(list(known.values()))
+        self.held = self.watch.held(list(known.values()))
+        return self.held
 
     def _composed(self, parts: Sequence[Part], total: Held, graph: Adaptive) -> Plan:
         """The parts as one plan, with no decisions of its own: for its peak, and to say what does not fit."""

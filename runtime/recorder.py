@@ -10,7 +10,8 @@ history. Out: a `Timeline` with origin "measured", whose moments are those event
 alive from the event that allocates it up to the event that frees it, or to the end.
 
 `base` is what was alive on the device at entry, by kind, found by walking Python's objects. A storage of the
-base that is freed while recording becomes a block from moment 0.
+base that is freed while recording becomes a block from moment 0. `others` is what a CUDA device had in use at entry
+beside what torch's allocator had reserved (contexts, libraries, other processes); on the CPU it is empty.
 
 Kinds: what a live object says at the end (a parameter, its .grad, an optimizer's state); otherwise "activation"
 if it was allocated outside of backward and is still alive in it; otherwise "temporary".
@@ -90,10 +91,11 @@ def build(
     before: Mapping[int, Resident],
     after: Mapping[int, Resident],
     unreached: int = 0,
+    others: int = 0,
 ) -> Timeline:
     """The timeline of `events`, given what was reached at entry and at the end, by address.
 
-    `unreached` bytes were alive at entry too, but no object says what they are.
+    `unreached` bytes were alive at entry too, but no object says what they are; `others` are not torch's.
     """
     backward = [i for i, e in enumerate(events) if e.phase == "backward"]
     alive: dict[int, int] = dict.fromkeys(before, -1)  # address -> index of the event that allocated it; -1: base
@@ -142,6 +144,7 @@ def build(
         moments=tuple(Moment(e.name, e.seconds, e.phase) for e in events),
         blocks=tuple(sorted(blocks, key=lambda b: (b.start, b.end))),
         base=tuple((kind, size) for kind, size in base.items() if size),
+        others=(Block("beside torch's allocator", others, "temporary", 0, len(events)),) if others else (),
     )
 
 
@@ -245,6 +248,8 @@ def _cuda(device: torch.device, recording: Recording) -> Iterator[None]:
         raise MemplanError("cannot record here: torch records its memory history already; end that first")
     before = {address: Resident(kind, _rounded(s.nbytes())) for address, (kind, s) in _storages(device).items()}
     unreached = max(0, torch.cuda.memory_allocated(device) - sum(r.bytes for r in before.values()))
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(0, total - free - torch.cuda.memory_reserved(device))
     torch.cuda.memory._record_memory_history(enabled="all", context="alloc", stacks="python")
     try:
         yield
@@ -252,7 +257,7 @@ def _cuda(device: torch.device, recording: Recording) -> Iterator[None]:
         trace = torch.cuda.memory._snapshot()["device_traces"][index]
         torch.cuda.memory._record_memory_history(enabled=None)
         after = {address: Resident(kind, s.nbytes()) for address, (kind, s) in _storages(device).items()}
-        recording._build = lambda: build(f"recorded on {device}", traced(trace), before, after, unreached)
+        recording._build = lambda: build(f"recorded on {device}", traced(trace), before, after, unreached, others)
 
 
 def _rounded(size: int) -> int:

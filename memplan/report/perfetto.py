@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from memplan.ir import Block, Plan, Timeline
-from memplan.report.scale import COLOURS, edges, phases, timelines
+from memplan.report.scale import COLOURS, HELD, edges, phases, timelines
 
 # Numbers of fields and values, by message.
 PACKET, TIMESTAMP, SEQUENCE, EVENT, TRACK = 1, 8, 10, 11, 60  # Trace.packet, and TracePacket
@@ -95,12 +95,13 @@ def _ops(timeline: Timeline) -> Iterator[tuple[str, int, int]]:
 
 
 def _counters(timeline: Timeline) -> dict[str, list[tuple[int, int]]]:
-    """Name -> (moment, bytes) where they change: the total, every kind that has any, the host."""
+    """Name -> (moment, bytes) where they change: the total, every kind that has any, others, the host."""
     base = dict(timeline.base)
     kinds = {kind: [b for b in timeline.blocks if b.kind == kind] for kind in COLOURS}
     out = {"total": _changes(timeline.blocks, timeline.base_bytes, timeline)}
     out |= {kind: _changes(b, base.get(kind, 0), timeline) for kind, b in kinds.items() if b or base.get(kind)}
-    return out | ({"on the host": _changes(timeline.host, 0, timeline)} if timeline.host else {})
+    apart = {HELD[0]: timeline.others, "on the host": timeline.host}
+    return out | {name: _changes(blocks, 0, timeline) for name, blocks in apart.items() if blocks}
 
 
 def _changes(blocks: Sequence[Block], base: int, timeline: Timeline) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memplan.ir import Kind, Plan, Timeline
-from memplan.report.scale import COLOURS, edges, phases, timelines
+from memplan.report.scale import COLOURS, HELD, budget_line, edges, phases, timelines
 from memplan.units import human
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class _Steps:
     edges: npt.NDArray[np.float64]
     total: npt.NDArray[np.float64]
     layers: dict[Kind, npt.NDArray[np.float64]]
+    beside: npt.NDArray[np.float64]
     label: str
 
 
@@ -75,12 +76,24 @@ def _draw(axes: Axes, timeline: Timeline, plan: Plan | None) -> None:
         )
         bottom = bottom + layer
     axes.stairs(steps.total, steps.edges, baseline=None, color="black", linewidth=0.7)
-    top = float(timeline.peak)
-    if plan is not None:
-        top = max(top, plan.budget.available)
-        axes.axhline(plan.budget.available, color="black", linestyle="--", linewidth=1)
-        label = f" budget for the step {human(plan.budget.available)}"
-        axes.text(0, plan.budget.available, label, transform=axes.get_yaxis_transform(), va="bottom")
+    top = float((steps.total + steps.beside).max())
+    if timeline.others:
+        axes.fill_between(
+            np.repeat(steps.edges, 2)[1:-1],
+            np.repeat(steps.total, 2),
+            np.repeat(steps.total + steps.beside, 2),
+            facecolor="whitesmoke",
+            edgecolor=HELD[1],
+            hatch="////",
+            linewidth=0,
+            label=f"{HELD[0]}, {human(int(steps.beside[steps.total.argmax()]))} at the peak",
+        )
+    budget = budget_line(timeline, plan)
+    if budget is not None:
+        top = max(top, budget)
+        axes.axhline(budget, color="black", linestyle="--", linewidth=1)
+        label = f" budget {'' if timeline.others else 'for the step '}{human(budget)}"
+        axes.text(0, budget, label, transform=axes.get_yaxis_transform(), va="bottom")
     at = int(steps.total.argmax())
     x = (steps.edges[at] + steps.edges[at + 1]) / 2
     name = f" at {timeline.moments[timeline.peak_moment].name:.40}" if timeline.moments else ""
@@ -92,6 +105,7 @@ def _draw(axes: Axes, timeline: Timeline, plan: Plan | None) -> None:
         (-8 if right else 8, 6),
         textcoords="offset points",
         ha="right" if right else "left",
+        bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1},  # the budget's line may be behind it
         parse_math=False,
     )
     axes.set_xlim(steps.edges[0], steps.edges[-1])
@@ -115,12 +129,13 @@ def _steps(timeline: Timeline) -> _Steps:
     base = dict(timeline.base)
     values = {kind: np.cumsum(delta)[:-1] + base.get(kind, 0) for kind, delta in layers.items()}
     total = np.sum(list(values.values()), axis=0)
+    beside = np.array(timeline.beside or [0], dtype=np.float64)
     if count > COLUMNS:
         column = ((at[:-1] - at[0]) * (COLUMNS / (at[-1] - at[0]))).astype(np.int64)
         starts = np.flatnonzero(np.diff(column, prepend=-1))
         # By column, then by total: the last of each column is its largest moment.
         order = np.lexsort((total, column))
         largest = order[np.append(starts[1:], count) - 1]
-        values, total = {kind: v[largest] for kind, v in values.items()}, total[largest]
+        values, total, beside = {kind: v[largest] for kind, v in values.items()}, total[largest], beside[largest]
         at = np.append(at[starts], at[-1])
-    return _Steps(at, total, {kind: v for kind, v in values.items() if v.any()}, label)
+    return _Steps(at, total, {kind: v for kind, v in values.items() if v.any()}, beside, label)

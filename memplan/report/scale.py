@@ -18,6 +18,7 @@ COLOURS: dict[Kind, str] = {
     "activation": "red",
     "temporary": "mediumpurple",
 }
+HELD = "held by others", "darkgray"  # hatched, on top of the stack: what is on the device and not the step's
 
 
 def edges(timeline: Timeline) -> tuple[list[float], str]:
@@ -50,3 +51,8 @@ def timelines(value: Plan | Timeline | Sequence[Timeline]) -> list[Timeline]:
     if not found or not all(isinstance(timeline, Timeline) for timeline in found):
         raise MemplanError("a picture is drawn of a Plan, a Timeline, or a list of at least one Timeline")
     return found
+
+
+def budget_line(timeline: Timeline, plan: Plan | None) -> int | None:
+    """Where the budget is in a picture of a plan's timeline: what is for the step, and what is drawn above it."""
+    return None if plan is None else plan.budget.available + max(timeline.beside, default=0)

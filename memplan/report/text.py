@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
-from memplan.ir import KINDS, Block, Kind, Op, Plan, Timeline
+from memplan.groups import ROWS, any_layer, groups
+from memplan.ir import KINDS, Block, Kind, Plan, Timeline
 from memplan.units import human
 
 WIDTH = 120
-ROWS = 24  # groups of storages that a table shows; the rest are counted in one line
-NAME, SOURCE = 16, 24  # characters of an op or a layer, and of a source, for which a table has room
+NAME, SOURCE = 14, 24  # characters of an op or a layer, and of a source, for which a table has room
+REASON = 22  # and of a reason
 LARGEST = 5  # blocks named at the peak
 
 _SHORT = {
@@ -56,6 +56,15 @@ def at_moment(timeline: Timeline, moment: int) -> dict[Kind, int]:
     return {kind: total[kind] for kind in KINDS if total[kind]}
 
 
+def beside(timeline: Timeline, moment: int) -> list[str]:
+    """What others hold at a moment, in a line; none where they hold nothing."""
+    there = [block for block in timeline.others if block.start <= moment < block.end]
+    if not there:
+        return []
+    names = [block.name if len(there) == 1 else f"{block.name} {human(block.bytes)}" for block in there]
+    return [f"beside it {human(timeline.beside[moment])} held by others: {', '.join(names)}"]
+
+
 def block_line(block: Block) -> str:
     """A block in one line: its bytes, what it is, and the user's line."""
     what = [block.name, block.kind, shape_dtype(block.shape, block.dtype), block.decision, block.layer, block.source]
@@ -76,45 +85,42 @@ def folded(blocks: Iterable[Block]) -> list[Block]:
     return sorted(out, key=lambda block: -block.bytes)
 
 
-def any_layer(path: str) -> str:
-    """model.layers.3.mlp -> model.layers.*.mlp"""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-
-
 def shape_dtype(shape: tuple[int, ...], dtype: str) -> str:
     """bf16[2, 4096], as torch prints graphs."""
     return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, shape))}]" if shape or dtype else ""
 
 
 def _decisions(plan: Plan) -> str:
-    step = plan.step
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for t, decision in plan.decisions:
-        tensor = step.tensors[t]
-        target = step.producer[t][1].target if t in step.producer else ""
-        layer = any_layer(tensor.layer)
-        what = shape_dtype(tensor.shape, tensor.dtype)
-        groups[type(decision).__name__.lower(), what, target, layer, tensor.source].append(t)
+    step, rows, instead = plan.step, groups(plan), plan.instead
+    decisions = dict(plan.decisions)
 
     def size(members: Iterable[int]) -> int:
         return sum(step.tensors[t].bytes for t in members)
 
-    rows = sorted(groups.items(), key=lambda group: -size(group[1]))
-    out = Table(box=None, pad_edge=False)
-    for heading in ("decision", "count", "bytes", "recompute\nms", "tensor", "op", "layer"):
-        number = heading in ("count", "bytes", "recompute\nms")
-        out.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    out.add_column("source", overflow="fold")  # the one column that may take a second line
-    for (verb, what, target, layer, source), members in rows[:ROWS]:
-        ops: dict[int, Op] = dict(step.producer[t] for t in members if t in step.producer)
-        cost = f"{1e3 * sum(map(plan.machine.seconds, ops.values())):.3f}" if ops else ""
-        op = target.removeprefix("aten.").removesuffix(".default")
+    out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("decision", "count", "bytes", "instead", "tensor", "op", "layer", "source"):
+        if heading != "instead" or instead:
+            number, folds = heading in ("count", "bytes"), heading in ("instead", "source")
+            out.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=not folds)
+            out.columns[-1].max_width = REASON if heading == "instead" else None
+    for members in rows[:ROWS]:
+        tensor = step.tensors[members[0]]
+        op = step.producer[members[0]][1].target if members[0] in step.producer else ""
+        op, source = op.removeprefix("aten.").removesuffix(".default"), tensor.source
         # A layer's end says most, and of a long source the file and line.
         line = source if len(source) <= SOURCE else source.rpartition("/")[2].partition(" in ")[0]
-        where = (_shorten(op), _shorten(layer[::-1])[::-1], line)
-        out.add_row(verb, f"x{len(members)}", human(size(members)), cost, what, *where)
+        out.add_row(
+            type(decisions[members[0]]).__name__.lower(),
+            f"x{len(members)}",
+            human(size(members)),
+            *([instead.get(members[0], "")] if instead else []),
+            shape_dtype(tensor.shape, tensor.dtype),
+            _shorten(op),
+            _shorten(any_layer(tensor.layer)[::-1])[::-1],
+            line,
+        )
     text = _render(out)
-    hidden = [t for _, members in rows[ROWS:] for t in members]
+    hidden = [t for members in rows[ROWS:] for t in members]
     return f"{text}\nand {len(hidden)} more ({human(size(hidden))})" if hidden else text
 
 
@@ -142,7 +148,7 @@ def _peak(timeline: Timeline) -> list[str]:
     lines += [f"  {block_line(block)}" for block in alive[:LARGEST]]
     if rest := alive[LARGEST:]:
         lines.append(f"  {human(sum(b.bytes for b in rest)):>10}  in {len(rest)} smaller")
-    return lines
+    return [*lines, *beside(timeline, timeline.peak_moment)]
 
 
 def _budget(plan: Plan) -> str:
@@ -159,7 +165,17 @@ def _budget(plan: Plan) -> str:
         away = " and ".join(f"{human(size)} on the {tier}" for tier, size in tiers if size)
         waits = f"waits {1e3 * plan.timeline.stalled:.1f} ms for copies (estimate)"
         lines += f"\noff the device at most {away}; host budget {human(budget.host_bytes)}; {waits}"
-    return lines
+    return lines + _advice(plan)
+
+
+def _advice(plan: Plan) -> str:
+    """What more memory could be worth, and where it is short."""
+    if plan.bound is None or not plan.bound.at:
+        return ""
+    unit = max(plan.budget.bytes // 10, 1)
+    saves = f"{human(unit)} more could save {1e3 * unit * plan.bound.per_byte:.3g} ms (estimate)"
+    op = next(op for op in plan.step.ops if op.name == plan.bound.at)
+    return f"\n{saves}; memory is shortest at {op.name}" + (f", {op.source}" if op.source else "")
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -171,5 +187,6 @@ def _verdict(plan: Plan) -> str:
     spare = plan.budget.available - plan.peak
     fits = f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {human(spare)} to spare"
     short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
-    time = f"{100 * plan.overhead:+.1f} % time (estimate)".replace("-0.0", "+0.0")
+    time = f"{100 * plan.overhead:+.1f} % time (estimate".replace("-0.0", "+0.0")
+    time += f", at most {100 * plan.gap:.1f} points above the best plan)" if plan.gap is not None else ")"
     return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"

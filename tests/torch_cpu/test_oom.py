@@ -134,7 +134,7 @@ def test_errors_raised_from_it_are_explained_too(tmp_path: Path) -> None:
     ],
 )
 def test_what_cuda_says(text: str, size: int) -> None:
-    assert oom._asked(torch.OutOfMemoryError(text)) == size
+    assert oom.bytes_asked(torch.OutOfMemoryError(text)) == size
 
 
 def test_other_errors_and_none_leave_no_trace(tmp_path: Path) -> None:

@@ -94,6 +94,27 @@ def test_plan_is_what_the_backend_plans(case: Case, tmp_path) -> None:
     assert [op.target for op in ahead.step.ops] == [op.target for op in planned.step.ops]
 
 
+def test_each_row_says_what_else_could_have_been_decided(tmp_path) -> None:
+    net, x = Net(), torch.randn(4, 8)
+    plan = memplan.plan(net, x, inner="eager", policy="save-all")
+    assert {t for members, _ in plan.reasons for t in members} == {t for t, _ in plan.decisions}
+    assert any("recompute: +" in reason for _, reason in plan.reasons)
+    assert any("recompute: not" in reason for _, reason in plan.reasons)  # batch norm changes its buffers
+    step = torch.compile(net, backend=memplan_backend, options={"inner": "eager", "out": tmp_path / "plan.json"})
+    step(x)
+    assert Plan.load(tmp_path / "plan.json").reasons == ()  # it costs time, and nobody may read it
+
+
+def test_what_the_budget_leaves_to_others_is_in_the_timeline(tmp_path) -> None:
+    net, x = Net(), torch.randn(4, 8)
+    plan = memplan.plan(net, x, budget="2GB", machine="rtx4090")
+    held = plan.budget.bytes - plan.budget.available
+    assert set(plan.timeline.beside) == {held} and held > plan.machine.context_bytes > 0
+    options = {"machine": "rtx4090", "budget": "2GB", "out": tmp_path / "plan.json", "inner": "eager"}
+    torch.compile(net, backend=memplan_backend, options=options)(x)
+    assert set(Plan.load(tmp_path / "plan.json").timeline.beside) == {held}
+
+
 def test_a_buffer_that_forward_changes_is_known() -> None:
     net, x = Net(), torch.randn(4, 8)
     plan = memplan.plan(net, x, inner="eager")

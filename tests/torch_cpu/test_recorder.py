@@ -350,7 +350,8 @@ def test_cuda_history_becomes_events():
     assert [e.bytes for e in events] == [1024, 512, -1024, -1024]
     assert [e.phase for e in events] == ["forward", "backward", "", ""]
     assert (events[0].name, events[0].source) == ("linear", "/home/me/train.py:3 in step")
-    timeline = build("", events, before={}, after={1024: Resident("gradient", 512)}, unreached=3000)
+    timeline = build("", events, before={}, after={1024: Resident("gradient", 512)}, unreached=3000, others=77)
+    assert timeline.beside == (77,) * len(timeline.moments)
     assert timeline.totals == (4024, 4536, 3512, 2488)
     assert [b.kind for b in timeline.blocks] == ["activation", "temporary", "gradient"]
     assert timeline.base == (("temporary", 1976),)
@@ -367,6 +368,7 @@ def test_cuda_peak_is_the_allocators():
     with record("cuda") as seen:
         (x @ weight).sin().sum().backward()
     assert seen.timeline.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=1e-3)
+    assert min(seen.timeline.beside) > 100 * MIB  # the context
     assert sizes(seen.timeline, "gradient") == [MIB]
 
 

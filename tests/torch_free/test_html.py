@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from memplan import report
-from memplan.ir import Block, Moment, Plan, Timeline
+from memplan.ir import Block, Keep, Moment, Plan, Timeline
 from memplan.report.html import page as html
+from memplan.report.scale import COLOURS
 from memplan.units import human
 
 NASTY = "</script><!--<b>&amp; 'quoted' \u2028 {{data}}"
@@ -129,6 +130,40 @@ def test_hover_and_click(timeline: Timeline, opened: Open) -> None:
     before = timeline.peak_moment - 1
     assert page.evaluate("view.pinned") == before
     assert human(timeline.totals[before]) in page.inner_text("#alive")
+
+
+def test_hover_says_what_else_could_have_been_decided(plan: Plan, opened: Open) -> None:
+    t = next(t for t, d in plan.decisions if isinstance(d, Keep))
+    name = plan.step.tensors[t].name
+    page = opened(dataclasses.replace(plan, reasons=(((t,), "recompute: +3.1 ms"),)))
+    blocks = [b.name for b in plan.timeline.blocks]
+    said = page.evaluate("all[0].blocks.name.map((_, b) => describe(b).join(' | '))")
+    assert [block for block, text in zip(blocks, said, strict=True) if "instead" in text] == [name]
+    assert "instead of keep, recompute: +3.1 ms" in said[blocks.index(name)]
+
+
+def test_what_others_hold_is_hatched_on_top(timeline: Timeline, opened: Open) -> None:
+    count, size = len(timeline.moments), timeline.peak // 2
+    others = (Block("another process", size, "temporary", 0, count), Block("guest", size, "temporary", 0, 1))
+    page = opened(dataclasses.replace(timeline, others=others), measured(timeline))
+    at = timeline.peak_moment
+    assert tuple(page.evaluate("[...all[0].total]")) == timeline.totals
+    assert page.evaluate(f"all[0].blockAt({at}, {timeline.peak + size // 2})") == {
+        "kind": len(COLOURS),
+        "block": len(timeline.blocks),
+    }
+    assert page.evaluate(f"all[0].blockAt({at}, {timeline.peak + size})") is None
+    assert page.evaluate("highest") >= timeline.totals[0] + 2 * size  # where the guest is there
+    column = """(y, m) => [...$('areas').getContext('2d')
+        .getImageData(toPixel((ends[m] + ends[m + 1]) / 2), toY(y), 1, 40).data].filter((_, i) => i % 4 === 3)"""
+    alpha = page.evaluate(f"({column})({timeline.peak + size - 1}, {at})")
+    assert 0 < sum(map(bool, alpha)) < len(alpha)  # lines, and nothing between them
+    x = page.evaluate(f"toPixel((ends[{at}] + ends[{at + 1}]) / 2)")
+    box = page.locator("#chart").bounding_box()
+    page.mouse.move(box["x"] + x, box["y"] + page.evaluate(f"toY({timeline.peak + size / 2})"))
+    assert "another process" in page.inner_text("#tip") and "held by others" in page.inner_text("#tip")
+    page.get_by_label("seen (measured)").check()
+    assert page.evaluate("[view.shown.shared, outlines[0][0].shared]") == [False, True]
 
 
 def test_search(timeline: Timeline, opened: Open) -> None:

@@ -17,11 +17,12 @@ ROOT = Path(__file__).parents[2]
 HOMES = {"memplan": "memplan", "passes": "memplan.passes", "runtime": "memplan.runtime"}  # folder -> package
 
 # Room -> the rooms of memplan that it may import. A room may always import itself.
-DATA = {"errors", "ir", "memory", "serialize", "units"}
+DATA = {"errors", "groups", "ir", "memory", "serialize", "units"}
 BELOW_API = DATA | {"machines", "options", "report", "runtime", "passes"}
 MAY_IMPORT = {
     "errors": set[str](),
     "ir": {"errors"},
+    "groups": {"ir"},
     "units": {"errors"},
     "memory": set[str](),
     "serialize": {"errors", "ir"},
@@ -32,8 +33,9 @@ MAY_IMPORT = {
     "runtime": DATA,
     "passes": DATA | {"runtime"},
     "oom": DATA | {"report", "runtime"},
+    "planned_oom": DATA | {"oom", "passes", "report", "runtime"},
     "api": BELOW_API | {"backend", "here"},
-    "backend": BELOW_API | {"api", "here"},
+    "backend": BELOW_API | {"api", "here", "planned_oom"},
     "testing": BELOW_API | {"", "api", "backend", "steps"},
     "grpo": {"", "errors"},
     "ranking": BELOW_API,
@@ -49,6 +51,7 @@ TORCH_FREE = (
     "memplan",
     "memplan.__main__",
     "memplan.errors",
+    "memplan.groups",
     "memplan.ir",
     "memplan.units",
     "memplan.memory",
@@ -74,6 +77,7 @@ TORCH_FREE = (
     "memplan.passes.relaxation",
     "memplan.passes.joint",
     "memplan.passes.gaps",
+    "memplan.passes.reasons",
     "memplan.runtime",
 )
 
