@@ -1,7 +1,8 @@
 """Linear and integer programs, built a row at a time and solved by HiGHS (Huangfu, Hall 2018) through scipy.
 
 In: variables with bounds, costs and integrality, rows low <= sum of coefficient * variable <= high. Out: a Solution.
-What must hold: the same program gives the same solution on every run: limits are nodes, never seconds.
+What must hold: the same program gives the same solution on every run. HiGHS's own search for whole variables is not
+used: it writes to stdout at times (1.12), and its limits are seconds and nodes of very different cost.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import linprog
 from scipy.sparse import coo_matrix, csr_matrix
+
+WHOLE = 1e-6  # what is nearer to a whole number is one
 
 Terms = Iterable[tuple[int, float]]  # (variable, coefficient)
 
@@ -38,6 +41,7 @@ class Program:
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     entries: list[tuple[int, int, float]] = field(default_factory=list)
+    _built: csr_matrix | None = None
 
     def variable(self, upper: float = math.inf, *, cost: float = 0.0, whole: bool = False) -> int:
         """A new variable of at least 0."""
@@ -50,6 +54,7 @@ class Program:
     def row(self, terms: Terms, *, low: float = -math.inf, high: float = math.inf) -> int:
         """A new row; a variable that is named twice counts twice."""
         at = len(self.low)
+        self._built = None
         self.entries += [(at, variable, coefficient) for variable, coefficient in terms]
         self.low.append(low)
         self.high.append(high)
@@ -74,22 +79,35 @@ class Program:
         slopes[above] = found.ineqlin.marginals[: int(above.sum())]
         return Solution(found.x, float(found.fun), slopes)
 
-    def solved(self, *, gap: float, nodes: int) -> Solution | None:
-        """A solution with whole variables that costs at most `gap` (relative) more than the optimum, or the best of so
-        many nodes of the search; None: none was found.
+    def dived(self) -> Solution | None:
+        """A solution with whole variables, not always the best: the relaxation, solved again while the nearest to 1 of
+        those that are not whole is made 1, or, where that has no solution, 0. The bounds stay as they were. None: none
+        was found.
         """
-        found = milp(
-            np.array(self.cost),
-            integrality=np.array(self.whole, dtype=int),
-            bounds=Bounds(np.array(self.lower), np.array(self.upper)),
-            constraints=LinearConstraint(self._matrix(), np.array(self.low), np.array(self.high)),
-            options={"mip_rel_gap": gap, "node_limit": nodes},
-        )
-        return None if found.x is None else Solution(found.x, float(found.fun), np.zeros(len(self.low)))
+        bounds, found = (list(self.lower), list(self.upper)), self.relaxed()
+        try:
+            while found is not None and (nearest := self._nearest(found)) is not None:
+                self.lower[nearest] = 1.0
+                deeper = self.relaxed()
+                if deeper is None:
+                    self.lower[nearest] = self.upper[nearest] = 0.0
+                    deeper = self.relaxed()
+                found = deeper
+            return found
+        finally:
+            self.lower, self.upper = bounds
+
+    def _nearest(self, found: Solution) -> int | None:
+        """Of the variables that should be whole and are not, the largest."""
+        values = np.where(self.whole, found.values, 0.0)
+        values[(values < WHOLE) | (values > 1 - WHOLE)] = 0.0
+        return int(np.argmax(values)) if values.any() else None
 
     def _matrix(self) -> csr_matrix:
-        rows, columns, values = zip(*self.entries, strict=True) if self.entries else ((), (), ())
-        return coo_matrix((values, (rows, columns)), shape=(len(self.low), len(self.cost))).tocsr()
+        if self._built is None:
+            rows, columns, values = zip(*self.entries, strict=True) if self.entries else ((), (), ())
+            self._built = coo_matrix((values, (rows, columns)), shape=(len(self.low), len(self.cost))).tocsr()
+        return self._built
 
 
 def _stacked(first: csr_matrix, second: csr_matrix) -> csr_matrix:

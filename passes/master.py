@@ -17,8 +17,6 @@ from memplan.ir import Machine
 from memplan.passes.chain import Chain, Option, Station
 from memplan.passes.linear import Program, Terms
 
-GAP, NODES = 0.01, 40  # of the solver's search: of the overhead
-
 Picked = list[tuple[Option, float]]  # for each block its option, and the bytes of it that leave the device
 
 
@@ -30,7 +28,7 @@ def pick(links: Chain, room: int, host: int, machine: Machine, limit: float) -> 
     least = program.lp.relaxed()
     if least is None or least.cost * program.second >= limit:
         return None
-    found = program.lp.solved(gap=GAP, nodes=NODES)
+    found = program.lp.dived()
     if found is None:
         return None
     out: Picked = []

@@ -15,6 +15,7 @@ from memplan.passes.schedule import schedule
 from memplan.passes.simulate import copying, peak
 
 WORK = 150_000  # ops that are simulated at most
+REACH = 4  # of a step with more than so many storages for each change that can be tried, none is
 
 
 @dataclass(frozen=True, order=True)
@@ -79,7 +80,7 @@ class Judge:
 def polished(judge: Judge, best: Candidate, small: int) -> Candidate:
     """The best that changing single storages, and pairs, leads to."""
     tries = WORK // max(1, len(judge.step.ops))
-    improved = True
+    improved = REACH * tries >= len(judge.step.saveable)
     while improved:
         improved = False
         for saved, away in _neighbours(judge.step, best, small, offload=judge.budget.host_bytes > 0):

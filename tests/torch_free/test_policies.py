@@ -46,7 +46,7 @@ def test_every_built_in_policy_makes_valid_plans(step: Step) -> None:
 @settings(deadline=None, max_examples=60)
 @given(any_steps())
 def test_greedy_on_random_steps(step: Step) -> None:
-    every = [evaluated(step, policy, 0) for policy in BUILT_IN]
+    every = [evaluated(step, policy, 0) for policy in BUILT_IN if not isinstance(policy, Optimal)]
     least = min(plan.peak for plan in every)
     assert evaluated(step, Greedy(), least).fits  # as small as any built-in policy
     budgets = [*range(least, every[0].peak, max(1, (every[0].peak - least) // 5)), every[0].peak]
