@@ -134,7 +134,7 @@ def test_tiles_change_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(other, seen[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_equal_rows_have_equal_bits(dtype: torch.dtype) -> None:
     """Whatever the way, with gradients or without, and whatever else is in the batch."""
     case = Case.make(tokens=100, width=64, vocabulary=1000, dtype=dtype)

@@ -72,7 +72,7 @@ def linear_logprob(
     waits to look at labels: the log-prob and the gradients of such a row are nan.
     """
     trainable = [weight.requires_grad, bias is not None and bias.requires_grad]
-    _check(hidden, weight, labels, bias, mask, weight_scale)
+    check(hidden, weight, labels, bias, mask, weight_scale)
     check_numbers(temperature, logit_scale, softcap)
     chosen = _way(way, hidden, frozen=not any(trainable))
     rows = hidden.shape[:-1]
@@ -115,7 +115,7 @@ def _way(way: str, hidden: Tensor, *, frozen: bool) -> str:
     return "auto" if way == "vectors" and not wanted else way
 
 
-def _check(
+def check(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices."""

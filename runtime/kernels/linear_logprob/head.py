@@ -5,12 +5,14 @@
 
 Letters: T tokens, D hidden size, V vocabulary; R rows and C columns of one tile of logits.
 
-What must hold: columns are cut at places that depend on D and V alone, and a product never has fewer than LEAST_ROWS
-rows. So a row meets the same products and the same sums whatever else is in the batch.
+What must hold: columns are cut at places that depend on D and V alone, and products have multiples of EVEN rows. So a
+row meets the same products and the same sums whatever else is in the batch, as far as the BLAS computes all rows of a
+full block alike: MKL does; where one does not, equal bits need equal batches and masks.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 ROWS = 512  # of a tile at most
-LEAST_ROWS = 16  # of a product: with fewer, a BLAS takes other kernels, which add up in another order
+EVEN = 16  # rows of a block: at the edge of a matrix, and below 8 rows, MKL takes kernels that add up in another order
 COLUMNS = 2048  # of a tile at most
 WEIGHTS = 2**20  # of a tile at most: float32 copies of them, and their gradients, are 4 MiB
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -105,7 +107,9 @@ class Head:
         return z.mul_(self.form.temperature / self.form.softcap).square_().neg_().add_(1)
 
 
-def row_tiles(rows: int) -> list[slice]:
-    """Slices of the rows, as equal as they can be: none is left with a few."""
-    count = -(-rows // ROWS)
-    return [slice(rows * k // count, rows * (k + 1) // count) for k in range(count)]
+def row_tiles(rows: int, height: int | None = None) -> list[slice]:
+    """Slices of the rows, at most ROWS or `height`, about equal; all but the last are multiples of EVEN rows."""
+    blocks = -(-rows // EVEN)
+    count = -(-rows // (height or ROWS))
+    cuts = [min(EVEN * (blocks * k // count), rows) for k in range(count + 1)] if count else [0]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]

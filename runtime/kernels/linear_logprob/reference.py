@@ -70,8 +70,7 @@ def forward(
 
 def tile_buffers(rows: Rows, head: Head, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """Memory for the logits of one tile, and as much again where entropy is asked for."""
-    tallest = max((tile.stop - tile.start for tile in rows.tiles), default=0)
-    size = (max(tallest, 16), head.columns())
+    size = (rows.tallest, head.columns())
     made = [buffer(size, head.form.sums, head.weight_VD.device) for _ in range(1 + entropy)]
     return made[0], made[1] if entropy else None
 

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from memplan.errors import MemplanError
-from memplan.runtime.kernels.linear_logprob.head import LEAST_ROWS, row_tiles
+from memplan.runtime.kernels.linear_logprob.head import EVEN, row_tiles
 
 
 class Rows:
     """The rows of [T, ...] tensors that count, in tiles."""
 
-    def __init__(self, tokens: int, mask_T: Tensor | None) -> None:
+    def __init__(self, tokens: int, mask_T: Tensor | None, height: int | None = None) -> None:
         self.tokens = tokens
         self.index: Tensor | None = None
         self.mask_T = mask_T
         if mask_T is not None and leaves_out(mask_T.device):
             self.index, self.mask_T = mask_T.nonzero().squeeze(1), None
         self.count = tokens if self.index is None else self.index.numel()
-        self.tiles = row_tiles(self.count)
+        self.tiles = row_tiles(self.count, height)
+        self.tallest = max((-(-(t.stop - t.start) // EVEN) * EVEN for t in self.tiles), default=0)
 
     def where(self, tile: slice) -> slice | Tensor:
         """What indexes the rows of a tile in a [T, ...] tensor."""
@@ -40,9 +41,9 @@ class Rows:
         return taken.where(keep, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def padded(self, x: Tensor, tile: slice) -> Tensor:
-        """As `take`, with rows of zeros after them, so that there are at least LEAST_ROWS."""
+        """As `take`, with rows of zeros after them, up to a multiple of EVEN."""
         taken = self.take(x, tile)
-        missing = LEAST_ROWS - taken.shape[0]
+        missing = -taken.shape[0] % EVEN
         return torch.cat([taken, taken.new_zeros(missing, *taken.shape[1:])]) if missing > 0 else taken
 
     def put(self, into: Tensor, tile: slice, values: Tensor) -> None:

@@ -49,6 +49,7 @@ class Statistics:
         self.top_R = torch.full_like(self.sum_R, -torch.inf)
         self.target_R = torch.full_like(self.sum_R, torch.nan)  # stays nan if the label is no token
         self.weighted_R = torch.zeros_like(self.sum_R) if entropy else None
+        self.taken_off_R = self.sum_R  # from the logits of the last tile
 
     def add(self, z_RC: Tensor, columns: slice, scratch_RC: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add a tile. z becomes e = exp(z - top), and 0 for targets. With entropy, that is in the scratch, and z
@@ -62,6 +63,7 @@ class Statistics:
         z_RC.scatter_(1, at_R1, found_R1.masked_fill(there_R1, -torch.inf))
         top_R = torch.maximum(self.top_R, z_RC.amax(1))
         finite_R = top_R.masked_fill(top_R == -torch.inf, 0)  # nothing yet: -inf - -inf would be nan
+        self.taken_off_R = finite_R
         shift_R = (self.top_R - finite_R).clamp_(min=LOWEST)
         factor_R = shift_R.exp()
         z_RC.sub_(finite_R.unsqueeze(1))
