@@ -91,6 +91,18 @@ def test_there_is_one_backward() -> None:
         total.backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks, after a break
+def test_a_compiled_step_breaks_here(fresh_dynamo: None) -> None:
+    leaves, labels, data = batch()
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_logprob_loss(hidden * 2, weight, labels, clipped, data)[0] * 3
+
+    compiled = torch.compile(step, backend="aot_eager")
+    found, exact = (torch.autograd.grad(f(*leaves[:2]), leaves[:2]) for f in (compiled, step))
+    torch.testing.assert_close(found, exact)
+
+
 def test_memory_is_gradients_and_a_strip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients become .grad without a copy."""
     monkeypatch.setattr(head, "COLUMNS", 2048)

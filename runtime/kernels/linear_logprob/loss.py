@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +32,18 @@ from memplan.runtime.kernels.linear_logprob.sums import Sum
 
 STRIP = 6 * 2**20  # bytes of logits: as few as products are still quick with, 48 rows of 32,000 tokens
 
+F = TypeVar("F", bound=Callable[..., Any])
 RowLoss = Callable[..., Tensor]  # (logprob [R], *data [R, ...]) -> loss [R]
 
 
+def _outside_of_graphs(function: F) -> F:
+    """The loss is called tile by tile, and gradients are held outside of any graph: a compiled step breaks its own."""
+    disable: Any = torch.compiler.disable
+    outside: F = disable(function, reason="linear_logprob_loss computes its gradient in forward")
+    return outside
+
+
+@_outside_of_graphs
 def linear_logprob_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -54,6 +63,7 @@ def linear_logprob_loss(
     hidden [..., D], weight [V, D], labels [...], data [..., *any] each; `loss` sees some rows of them, [R] and
     [R, *any], in any order, and only rows that the mask counts (on CUDA also others, as zeros; their loss is dropped).
     Divide by the number of tokens in `loss`. There is one backward: the gradients themselves are kept, not the graph.
+    A compiled step breaks its graph here.
     Raises MemplanError as linear_logprob does, on data that wants a gradient, and on a loss of another shape.
     """
     check(hidden, weight, labels, bias, mask, weight_scale)
