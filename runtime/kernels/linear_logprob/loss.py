@@ -11,6 +11,9 @@ losses, and the log-probs, without gradient, for what one logs. Losses that need
 sequence, a quantile) are not of this kind.
 
 The logits of a strip of rows stay until its coefficients are known: a strip is STRIP bytes, or EVEN rows.
+On CUDA these log-probs are of plain torch, those of linear_logprob of kernels: for ratios that are exactly 1, take the
+old ones from here too.
+
 Gradients wait in float32 for what comes back in backward, are multiplied with it on the device and then rounded.
 """
 

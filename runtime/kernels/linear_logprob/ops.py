@@ -6,6 +6,8 @@ raises. CUDA tensors go to triton.py if triton is there and knows the dtypes, al
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -33,9 +35,16 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs [T], entropies [T], logsumexps [T], and for way "vectors" dl/dh and dH/dh [T, D]."""
     head = Head(weight, bias, weight_scale, Form(temperature, logit_scale, softcap, compute))
+    some: list[Tensor | None] = []
+    kernels = kernels_for(hidden, head)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = reference.forward(hidden, head, labels, mask, entropy=entropy, vectors=way == "vectors")
-    some = (found.logprob_T, found.entropy_T, found.total_T, found.logprob_vector_TD, found.entropy_vector_TD)
+        if kernels is not None:  # with vectors too, so that log-probs have equal bits: that is a product more
+            found = kernels.forward(hidden, head, labels, mask, entropy=entropy)
+            some = [found.logprob_T, found.entropy_T, found.total_T]
+        if kernels is None or way == "vectors":
+            found = reference.forward(hidden, head, labels, mask, entropy=entropy, vectors=way == "vectors")
+    some = some or [found.logprob_T, found.entropy_T, found.total_T]
+    some += [found.logprob_vector_TD, found.entropy_vector_TD]
     return tuple(found.logprob_T.new_empty(0) if x is None else x for x in some)  # type: ignore[return-value]
 
 
@@ -93,9 +102,26 @@ def linear_logprob_backward(
     )
     if way == "auto":
         way = smaller(hidden, weight, head.form.sums)
+    kernels = kernels_for(hidden, head)
+    tile = None if kernels is None else kernels.gradient_of_tile
+    wanted = (needs[0], needs[1], needs[2])
     with torch.autocast(hidden.device.type, enabled=False):
-        found = reference.backward(hidden, head, rows, given, way=way, needs=(needs[0], needs[1], needs[2]))
+        found = reference.backward(hidden, head, rows, given, way=way, needs=wanted, tile_gradient=tile)
     return tuple(hidden.new_empty(0) if x is None else x for x in found)  # type: ignore[return-value]
+
+
+def kernels_for(hidden: Tensor, head: Head) -> Any:
+    """The module of CUDA kernels, where they apply: triton is imported only there."""
+    if hidden.device.type != "cuda" or head.form.sums != torch.float32 or not _has_triton():
+        return None
+    from memplan.runtime.kernels.linear_logprob import triton
+
+    return triton
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def smaller(hidden: Tensor, weight: Tensor, sums: torch.dtype) -> str:

@@ -13,7 +13,9 @@ This is also the fast path on the CPU. Letters as in head.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,8 +113,18 @@ class Coefficients:
         return Coefficients(*taken)  # type: ignore[arg-type]
 
 
+TileGradient = Callable[[Tensor, Tensor, Head, Coefficients, slice, Tensor, Tensor | None], Tensor]
+
+
 def backward(
-    hidden_TD: Tensor, head: Head, rows: Rows, given: Coefficients, *, way: str, needs: tuple[bool, bool, bool]
+    hidden_TD: Tensor,
+    head: Head,
+    rows: Rows,
+    given: Coefficients,
+    *,
+    way: str,
+    needs: tuple[bool, bool, bool],
+    tile_gradient: TileGradient | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, where `needs` says so; logits are computed again.
 
@@ -128,8 +140,8 @@ def backward(
     pairs = [(p, c) for p in places for c in columns] if by_rows else [(p, c) for c in columns for p in places]
     for (tile, where), part in pairs:
         hidden_RD, weight_CD = head.operand(rows.take(hidden_TD, tile)), head.weights(part)
-        z_RC = head.logits(hidden_RD, weight_CD, part, z)
-        gradient_tile(z_RC, head, given.take(rows, tile), part, scratch)
+        compute = tile_gradient or gradient_of_tile
+        z_RC = compute(hidden_RD, weight_CD, head, given.take(rows, tile), part, z, scratch)
         if of_hidden is not None:
             of_hidden.add_product(where, z_RC, weight_CD)
         if of_weight is not None:
@@ -137,6 +149,15 @@ def backward(
         if of_bias is not None:
             of_bias.add(part, z_RC.sum(0))
     return tuple(None if x is None else x.result() for x in (of_hidden, of_weight, of_bias))  # type: ignore[return-value]
+
+
+def gradient_of_tile(
+    hidden_RD: Tensor, weight_CD: Tensor, head: Head, given: Coefficients, columns: slice, z: Tensor, scratch: Any
+) -> Tensor:
+    """dloss/draw of a tile, [R, C], in the memory of `z`."""
+    z_RC = head.logits(hidden_RD, weight_CD, columns, z)
+    gradient_tile(z_RC, head, given, columns, scratch)
+    return z_RC
 
 
 def gradient_tile(z_RC: Tensor, head: Head, given: Coefficients, columns: slice, scratch: Tensor | None) -> None:
