@@ -16,7 +16,7 @@ WAYS = ("rows", "vocab", "vectors")
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
     """Several tiles in both directions at these sizes."""
     monkeypatch.setattr(head, "ROWS", 24)
     monkeypatch.setattr(head, "COLUMNS", 128)
@@ -137,6 +137,7 @@ def test_tiles_change_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_equal_rows_have_equal_bits(dtype: torch.dtype) -> None:
     """Whatever the way, with gradients or without, and whatever else is in the batch."""
+    torch.set_num_threads(2)
     case = Case.make(tokens=100, width=64, vocabulary=1000, dtype=dtype)
     with torch.no_grad():
         old = case.run("auto")

@@ -95,11 +95,11 @@ def test_autocast_inside_a_compiled_step(fresh_dynamo: None) -> None:
 
 
 @pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int, int]]:
-    """T, D, V, with logits of 32 MiB, and tiles of 0.25 MiB."""
+def sizes(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[tuple[int, int, int]]:
+    """T, D, V, with logits of 8 MiB, and tiles of 0.25 MiB."""
     monkeypatch.setattr(head, "ROWS", 128)
     monkeypatch.setattr(head, "COLUMNS", 512)
-    yield 1024, 32, 8192
+    yield 512, 32, 4096
 
 
 def peak(step: Any, largest: int) -> int:

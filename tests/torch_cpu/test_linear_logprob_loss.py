@@ -14,7 +14,7 @@ from memplan.runtime.kernels.linear_logprob import loss as module
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
     monkeypatch.setattr(head, "COLUMNS", 128)
     monkeypatch.setattr(module, "STRIP", 16 * 300 * 8)
     torch.manual_seed(0)
