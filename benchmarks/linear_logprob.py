@@ -229,7 +229,7 @@ def bfloat16_errors(tokens: int) -> dict[str, float]:
 
 
 def missed(figures: dict[str, Any]) -> list[str]:
-    """Targets that no way of ours meets."""
+    """Targets that no way of ours meets, or, for the long batch, that the way taken by itself does not."""
     found = []
     for head, target in TARGETS.items():
         ours = {n: f for n, f in figures[head]["steps"].items() if n.startswith("ours")}
@@ -237,9 +237,11 @@ def missed(figures: dict[str, Any]) -> list[str]:
             best = ", ".join(f"{n}: {f['peak'] / MIB:.1f} MiB at {f['cpu_ratio']:.2f}" for n, f in ours.items())
             found.append(f"{head}: at most {target / MIB:.0f} MiB at 1.1 times Inductor's time is not met ({best})")
         long = figures[f"{head}, long"]
-        least = min(f["peak"] for f in long["steps"].values())
-        if least > long["floor"] + 10 * MIB:
-            found.append(f"{head}, T=8192: {least / MIB:.1f} MiB, over the floor + 10")
+        taken = "ours, vectors" if head == "frozen" else "ours, vocab"
+        peaks = {name: f["peak"] for name, f in long["steps"].items()}
+        if peaks[taken] > long["floor"] + 10 * MIB:
+            sizes = ", ".join(f"{name}: {size / MIB:.1f}" for name, size in peaks.items())
+            found.append(f"{head}, T=8192: over the floor of {long['floor'] / MIB:.1f} MiB + 10 ({sizes})")
     errors = figures["bfloat16 gradient error"]
     worst = max(e for n, e in errors.items() if n.startswith("ours"))
     if worst > errors["naive"]:
