@@ -18,6 +18,15 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Many small products: threads would wait for each other, and for other processes, most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """The plans that the backend reports, as they come."""
     seen: list[Plan] = []
