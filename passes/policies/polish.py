@@ -52,9 +52,10 @@ class Judge:
         for graph, own in zip(step.graphs, runs, strict=True):
             if graph.phase == "backward":
                 read.update(*(step.ops[run.op].inputs for run in own))
-        saved = saved & read
-        runs = schedule(step, saved)
-        offloads = {t: d for t, d in offloads.items() if t in saved}
+        if not saved <= read:  # then other ops run in forward, and points of copies may name some that do not
+            saved = saved & read
+            runs = schedule(step, saved)
+            offloads = placed(step, runs, {t: Offload(d.tier) for t, d in offloads.items() if t in saved}, machine)
         again = [step.ops[run.op] for own in runs for run in own if run.again]
         seconds = sum(map(machine.seconds, again)) + (copying(step, runs, offloads, machine) if offloads else 0.0)
         found = peak(step, saved, offloads)
