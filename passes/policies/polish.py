@@ -101,14 +101,16 @@ def _neighbours(
     """Sets that cross, and those of them that are off the device, one change away, then two; large storages first."""
     away = frozenset(of.offloads)
     movable = [t for t in step.offloadable if offload and step.tensors[t].bytes >= small]
-    changes = [("crosses", t) for t in step.saveable] + [("leaves", t) for t in movable]
-    changes.sort(key=lambda change: (-step.tensors[change[1]].bytes, change))
+    together = [tuple(t for t in op.outputs if t in step.saveable) for op in step.ops]  # made by one op
+    changes = [("crosses", (t,)) for t in step.saveable] + [("crosses", made) for made in together if len(made) > 1]
+    changes += [("leaves", (t,)) for t in movable]
+    changes.sort(key=lambda change: (-max(step.tensors[t].bytes for t in change[1]), change))
     for pair in (*((c,) for c in changes), *itertools.combinations(changes, 2)):
         saved, off = set(of.saved), set(away)
-        for what, t in pair:
+        for what, storages in pair:
             if what == "crosses":
-                saved ^= {t}
+                saved ^= set(storages)
             else:
-                off ^= {t}
-                saved |= {t}
+                off ^= set(storages)
+                saved |= set(storages)
         yield frozenset(saved), frozenset(off & saved)
