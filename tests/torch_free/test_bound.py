@@ -3,12 +3,16 @@
 import dataclasses
 import math
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from memplan import steps as recorded_steps
-from memplan.ir import Budget, Machine, Step
-from memplan.passes.bound import bound
+from memplan.ir import Budget, Machine, Plan, Step
+from memplan.passes.bound import bound, with_bound
+from memplan.passes.pipeline import evaluate, make_plan
+from memplan.passes.policies.offload import OffloadAll
+from memplan.serialize import from_json, to_json
 from tests.torch_free.oracle import MOST, outcomes
 from tests.torch_free.random_steps import LAYOUTS, MACHINE, steps
 
@@ -61,3 +65,29 @@ def test_with_all_the_room_there_is_the_bound_is_the_step() -> None:
 
 def test_where_nothing_fits_the_bound_is_infinite(step: Step) -> None:
     assert bound(step, Budget(step.base_bytes + 1), MACHINE).seconds == math.inf
+
+
+def test_a_plan_says_how_far_it_is_from_the_best() -> None:
+    step = recorded_steps.load("llama8b_layers_4k_v32000")
+    plan = with_bound(make_plan(step, "greedy", Budget(6 * 10**9), ROOFLINE, inner="eager"))
+    assert plan.bound is not None and plan.gap is not None
+    assert plan.gap == (plan.timeline.seconds - plan.bound.seconds) / plan.base_seconds > 0
+    text = str(plan)
+    assert f"at most {100 * plan.gap:.1f} points above the best plan" in text
+    assert f"600.0 MB more could save {6e8 * plan.bound.per_byte * 1e3:.3g} ms" in text
+    assert f"memory is shortest at {plan.bound.at}" in text
+    assert from_json(to_json(plan), Plan).bound == plan.bound
+    cheaper = bound(step, Budget(6 * 10**9 + 10**6), ROOFLINE)
+    saved = plan.bound.seconds - cheaper.seconds
+    assert saved == pytest.approx(1e6 * plan.bound.per_byte, rel=0.1)  # a slope is a slope
+
+
+def test_what_is_outside_of_the_class_has_no_bound(step: Step) -> None:
+    unlike = dataclasses.replace(MACHINE, host_bandwidth=1e9)
+    large = Budget(2**40, host_bytes=2**40)
+    disk = evaluate(step, OffloadAll("disk", small=0)(step, large, unlike), large, unlike, "eager", "disk")
+    assert disk.offloads
+    assert with_bound(disk).bound is None
+    over = evaluate(step, {}, Budget(1), MACHINE, "eager", "save-all")
+    assert with_bound(over).bound is None
+    assert "points above" not in str(over)
