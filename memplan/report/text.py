@@ -187,6 +187,6 @@ def _verdict(plan: Plan) -> str:
     spare = plan.budget.available - plan.peak
     fits = f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {human(spare)} to spare"
     short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
-    time = f"{100 * plan.overhead:+.1f} % time (estimate".replace("-0.0", "+0.0")
-    time += f", at most {100 * plan.gap:.1f} points above the best plan)" if plan.gap is not None else ")"
+    time = f"{100 * plan.overhead:+.1f} % time".replace("-0.0", "+0.0")
+    time += f", gap {100 * plan.gap:.1f} (estimate)" if plan.gap is not None else " (estimate)"
     return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"

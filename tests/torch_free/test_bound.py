@@ -73,7 +73,7 @@ def test_a_plan_says_how_far_it_is_from_the_best() -> None:
     assert plan.bound is not None and plan.gap is not None
     assert plan.gap == (plan.timeline.seconds - plan.bound.seconds) / plan.base_seconds > 0
     text = str(plan)
-    assert f"at most {100 * plan.gap:.1f} points above the best plan" in text
+    assert f" % time, gap {100 * plan.gap:.1f} (estimate); " in text.splitlines()[-1]
     assert f"600.0 MB more could save {6e8 * plan.bound.per_byte * 1e3:.3g} ms" in text
     assert f"memory is shortest at {plan.bound.at}" in text
     assert from_json(to_json(plan), Plan).bound == plan.bound
@@ -90,4 +90,4 @@ def test_what_is_outside_of_the_class_has_no_bound(step: Step) -> None:
     assert with_bound(disk).bound is None
     over = evaluate(step, {}, Budget(1), MACHINE, "eager", "save-all")
     assert with_bound(over).bound is None
-    assert "points above" not in str(over)
+    assert "gap" not in str(over)
