@@ -17,6 +17,7 @@ from tests.planned import NO_DEVICE, NOTHING, Joint, frozen_heap
 POLICIES = (
     "save-all", "block-checkpoint", "sqrt-n", "greedy", "torch-min-cut", "torch-budget-0.75", "torch-budget-0.5",
     "torch-budget-0.25", "torch-budget-0", "offload-all", "offload-all-disk", "offload-layer-inputs", "hand-back",
+    "optimal",
 )  # fmt: skip
 SEED = 3
 
@@ -61,7 +62,7 @@ def test_every_policy_has_the_same_bits_and_the_bytes_it_predicts(case: Case, dr
     wanted = [joint.num_fwd_outputs + position[p.data_ptr()] for p in sample.module.parameters()]
 
     plans = [joint.plan(policy) for policy in POLICIES]
-    plans += [joint.plan("greedy", NOTHING), joint.plan("greedy", NO_DEVICE)]
+    plans += [joint.plan(policy, budget) for policy in ("greedy", "optimal") for budget in (NOTHING, NO_DEVICE)]
     plans += [joint.plan(OffloadAll(tier, n, small=0)) for tier, n in (("host", 0), ("host", None), ("disk", 2))]
     for kind in (Recompute, Offload):
         assert any(isinstance(d, kind) for plan in plans for _, d in plan.decisions)

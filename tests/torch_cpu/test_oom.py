@@ -54,6 +54,8 @@ def train():
 for _ in range(3):
     train()
 model.zero_grad()
+with memplan.on_oom(path):  # what it imports, triton where that is installed, takes room of its own
+    pass
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
 try:
@@ -80,7 +82,7 @@ def run(tmp_path: Path, how: str, out: Path, room: int) -> str:
 @pytest.mark.parametrize("how", ["eager", "aot_eager", "inductor", "memplan"])
 def test_the_error_is_explained_and_raised(how: str, tmp_path: Path) -> None:
     out = tmp_path / "oom.json"
-    said = run(tmp_path, how, out, ROOM.get(how, 300 * MB))
+    said = run(tmp_path, how, out, ROOM.get(how, 235 * MB))
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate 67108864 bytes" in said
     note = said[said.index("memplan: asked for 67.11 MB where ") :]
     assert "parameter 8.389 MB" in note and "input 67.11 MB" in note  # there before
