@@ -119,9 +119,13 @@ def _source(call: Any) -> str:
     """
     own = [call.callsite] if isinstance(call, torch._C._profiler._ExtraFields_PyCall) else []
     for frame in (*own, call.caller):
-        top = frame.file_name.partition("/")[0].removesuffix(".py")
-        if top not in sys.stdlib_module_names and not _LIBRARY.search(frame.file_name):
-            return f"{frame.file_name}:{frame.line_number} in {frame.function_name}"
+        try:
+            file, line = frame.file_name, f"{frame.line_number} in {frame.function_name}"
+        except UnicodeDecodeError:  # of a frame that began before the profiler, torch's names may be of freed memory
+            continue
+        top = file.partition("/")[0].removesuffix(".py")
+        if top not in sys.stdlib_module_names and not _LIBRARY.search(file):
+            return f"{file}:{line}"
     return ""
 
 
