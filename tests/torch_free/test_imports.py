@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "planned_oom": DATA | {"oom", "passes", "report", "runtime"},
     "api": BELOW_API | {"backend", "here"},
     "backend": BELOW_API | {"api", "here", "planned_oom"},
-    "testing": BELOW_API | {"", "api", "backend", "steps"},
+    "testing": BELOW_API | {"", "api", "backend", "ranking", "steps"},
     "grpo": {"", "errors"},
     "ranking": BELOW_API,
     "here": {"ir", "machines"},
