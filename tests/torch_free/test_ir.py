@@ -14,6 +14,7 @@ from memplan.errors import MemplanError
 from memplan.ir import (
     KINDS,
     Block,
+    Bound,
     Budget,
     Gap,
     Graph,
@@ -94,6 +95,7 @@ MACHINE = every(
     host_bandwidth=REAL,
     disk_bandwidth=REAL,
     flops=some(st.tuples(st.text(), REAL)),
+    contention=REAL,
     workspace_rules=some(st.tuples(st.text(), REAL)),
 )
 TIER = st.sampled_from(("host", "disk"))
@@ -108,6 +110,7 @@ PLAN = every(
     machine=MACHINE,
     base_seconds=REAL,
     notes=some(st.text()),
+    bound=st.none() | every(Bound, seconds=REAL, per_byte=REAL),
 )
 
 
