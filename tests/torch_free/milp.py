@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from memplan.ir import Budget, Machine, Step
+from memplan.ir import Budget, Machine, Offload, Step
 from memplan.passes.linear import Program
 from memplan.passes.schedule import closure, needs_tangents, schedule
 
@@ -314,3 +314,113 @@ class Kept(Whole):
 
 def _minus(terms: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(v, -c) for v, c in terms]
+
+
+class Moved(Kept):
+    """The program of plans that keep, make again, or copy to the host and back, of a step of one forward and one
+    backward graph. No plan takes less than its optimum, wherever the copies' points are; but not all that it promises
+    can be had: copies may share the bus, come back between two ops of backward, and what only runs again reads them
+    without waiting. So a plan that is simulated stands beside it, and says how near the optimum is.
+
+        gone[t, moment]     whether it is off the device: from its release in forward to its reload in backward
+        waits[moment]       time after it: for copies, or that copies cost the device
+        copies that begin at a or later and are done at b take no longer than from a to b, for each a and b
+    """
+
+    def __init__(self, step: Step, budget: Budget, machine: Machine) -> None:
+        assert [graph.phase for graph in step.graphs] == ["forward", "backward"]
+        super().__init__(step, budget, machine)
+
+    def memory(self) -> None:
+        """With what is off the device."""
+        step, machine = self.step, self.machine
+        self.waits = [self.variable(cost=1.0) for _ in self.moments]
+        self.away = {t: self.variable(1, whole=True) for t in sorted(step.offloadable) if step.tensors[t].bytes}
+        bytes_of = [(v, step.tensors[t].bytes / self.unit) for t, v in self.away.items()]
+        self.row(bytes_of, high=self.budget.host_bytes / self.unit)
+        share = 2 * machine.contention * self.unit / machine.bandwidth / self.second
+        self.row([*((w, 1.0) for w in self.waits), *((v, -share * size) for v, size in bytes_of)], low=0)
+        self.gone = {t: dict[int, int]() for t in self.away}  # from each moment on
+        reads, makes = self.events()
+        begin = next((m for m, moment in enumerate(self.moments) if moment.slot >= 0), len(self.moments))
+        for t in self.away:
+            self.leaves(t, begin, min(makes[t]), reads.get(t, {}))
+            self.returns(t, begin, reads.get(t, {}))
+        self.bus(begin, {t: min(makes[t]) for t in self.away}, reads)
+        super().memory()
+
+    def leaves(self, t: int, begin: int, made: int, reads: dict[int, int]) -> None:
+        """Off the device from the moment after its release, behind what reads it in forward; all by the end of that."""
+        self.row([(self.crosses[t], 1), (self.away[t], -1)], low=0)
+        last = max((m for m in (made, *reads) if m < begin and (m == made or reads[m] == self.one)), default=made)
+        before = None
+        for m in range(last + 1, begin):
+            now = self.variable(1, whole=True)
+            self.row([(now, 1), *([(before, -1.0)] if before is not None else [])], low=0)
+            self.row([(self.away[t], 1), (now, -1)], low=0)
+            for later in (r for r in reads if m <= r < begin):
+                self.row([(now, 1), (reads[later], 1)], high=1)
+            self.is_gone(t, now, m, m + 1)
+            before = now
+
+    def returns(self, t: int, begin: int, reads: dict[int, int]) -> None:
+        """On the device where backward reads it, and from there on. It leaves only if backward does read it."""
+        readers = [v for m, v in reads.items() if begin <= m < len(self.moments)]
+        self.row([(self.away[t], -1), *((v, 1) for v in dict.fromkeys(readers))], low=0)
+        before, since = self.away[t], begin
+        for m in range(begin, len(self.moments)):
+            if self.moments[m].runs != self.one and m not in reads:
+                continue
+            self.is_gone(t, before, since, m)
+            now = self.variable(1, whole=True)
+            self.row([(before, 1), (now, -1)], low=0)
+            if m in reads:
+                self.row([(now, 1), (reads[m], 1)], high=1)
+            before, since = now, m
+            self.gone[t][m] = now
+        self.upper[before] = 0.0
+        self.is_gone(t, before, since, len(self.moments))
+
+    def is_gone(self, t: int, variable: int, begin: int, end: int) -> None:
+        self.gone[t].update(dict.fromkeys(range(begin, end), variable))
+
+    def bus(self, begin: int, made: dict[int, int], reads: dict[int, dict[int, int]]) -> None:
+        """What is copied between any two moments takes no longer than the time between them."""
+        seconds = [[(x.runs, self.seconds(x.op))] for x in self.moments]
+        takes = {t: self.machine.copy_seconds(self.step.tensors[t].bytes, "host") / self.second for t in self.away}
+        for a in sorted(set(made.values())):
+            passed = list[tuple[int, float]]()
+            for b in range(a, begin):
+                passed += [(self.waits[b], -1.0), *(_minus(seconds[b]) if b > a else ())]
+                there = {t: self.gone[t].get(b + 1) if b + 1 < begin else self.away[t] for t in made if made[t] >= a}
+                after = [(v, takes[t]) for t, v in there.items() if v is not None]
+                if after:
+                    self.row([*after, *passed], high=0)
+        fixed = [m for m in range(begin, len(self.moments)) if self.moments[m].runs == self.one]
+        needed = {t: min((m for m in fixed if m in reads.get(t, {})), default=math.inf) for t in self.away}
+        for a in (begin - 1, *fixed):
+            passed = [(self.waits[a], -1.0)]
+            for b in range(a + 1, len(self.moments)):
+                if self.moments[b].runs == self.one and b in needed.values():
+                    gone = {t: self.away[t] if a < begin else self.gone[t][a] for t in self.away if needed[t] <= b}
+                    self.row([*((v, takes[t]) for t, v in gone.items()), *passed], high=0)
+                passed += [(self.waits[b], -1.0), *_minus(seconds[b])]
+
+    def lives(self, t: int, reads: dict[int, int], makes: dict[int, int]) -> None:
+        """Less what is off the device."""
+        super().lives(t, reads, makes)
+        for m, variable in self.gone.get(t, {}).items():
+            self.occupies(variable, -self.step.tensors[t].bytes / self.unit, m, m + 1)
+
+    def placed(self, found: Found) -> dict[int, Offload]:
+        """The copies of a solution, at its own points."""
+        runs = [found.values[moment.runs] > 0.5 for moment in self.moments]
+        begin = next((m for m, moment in enumerate(self.moments) if moment.slot >= 0), len(self.moments))
+        out = {}
+        for t in (t for t, v in self.away.items() if found.values[v] > 0.5):
+            gone = [m for m, v in self.gone[t].items() if found.values[v] > 0.5]
+            release = max(m for m in range(min([*gone, begin])) if runs[m])
+            reload = next(m for m in range(max([*gone, begin - 1]) + 1, len(runs)) if runs[m])
+            op = self.step.producer[t][0]
+            out[t] = Offload("host", op, self.moments[release].op, self.moments[reload].op)
+        return out

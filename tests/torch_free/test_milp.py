@@ -1,0 +1,77 @@
+"""Integer programs know the best plan of steps beyond enumeration: they agree with it below, and judge the planner."""
+
+import dataclasses
+from random import Random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from memplan.ir import Budget, Machine, Step
+from memplan.passes.bound import bound
+from memplan.passes.pipeline import evaluate, smallest_plan
+from memplan.passes.policies.optimal import Optimal
+from memplan.passes.policies.polish import Judge
+from memplan.passes.simulate import peak
+from tests.torch_free.milp import Kept, Moved
+from tests.torch_free.oracle import MOST, outcomes
+from tests.torch_free.random_steps import LAYOUTS, MACHINE, backpropagated, steps
+from tests.torch_free.test_bound import machines
+
+
+@st.composite
+def small(draw: st.DrawFn) -> Step:
+    """Steps of every layout that no compiler fuses."""
+    step = draw(steps(layout=draw(st.sampled_from(sorted(LAYOUTS))), max_ops=6))
+    assume(0 < len(step.saveable) <= MOST)
+    return step
+
+
+@settings(deadline=None, max_examples=40)
+@given(small(), st.sampled_from((0, 0, 1)), st.data())
+def test_the_program_finds_what_enumeration_finds(step: Step, less: int, data: st.DataObject) -> None:
+    every = outcomes(step, MACHINE, offload=False)
+    budget = Budget(data.draw(st.sampled_from(every)).peak - less)
+    fitting = [o.seconds for o in every if o.peak <= budget.bytes]
+    found = Kept(step, budget, MACHINE).solved()
+    assert (found is not None) == bool(fitting)
+    if found is not None:
+        assert found.seconds == pytest.approx(min(fitting), rel=1e-6, abs=1e-15)
+        assert peak(step, found.saved) <= budget.bytes
+
+
+@settings(deadline=None, max_examples=20)
+@given(steps(max_ops=6), machines(), st.data())
+def test_no_plan_with_copies_is_faster_than_the_program(step: Step, machine: Machine, data: st.DataObject) -> None:
+    assume(0 < len(step.saveable) <= MOST)
+    every = outcomes(step, machine)
+    one = data.draw(st.sampled_from(every))
+    budget = Budget(one.peak, host_bytes=one.host_peak)
+    best = min(o.seconds for o in every if o.peak <= one.peak and o.host_peak <= one.host_peak)
+    found = Moved(step, budget, machine).solved()
+    assert found is not None
+    assert found.seconds <= best * (1 + 1e-6) + 1e-15
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_planner_beside_the_best_plan(seed: int, *, copies: bool) -> None:
+    """Steps of 24 to 60 ops: the bound is below the best plan, the program's own plan is it, and `optimal` is near."""
+    step = backpropagated(Random(seed), 20 if copies else 40)
+    machine = dataclasses.replace(MACHINE, host_bandwidth=(1e7, 1e8)[seed % 2], contention=float(seed % 2))
+    most = peak(step, step.read_in_backward)
+    host = 10**6 if copies else 0
+    least = smallest_plan(step, machine, "eager", Budget(0, host_bytes=host)).peak
+    budget = Budget(least + (most - least) * (seed + 1) // 6, host_bytes=host)
+    program = Moved(step, budget, machine) if copies else Kept(step, budget, machine)
+    found = program.solved()
+    assert found is not None
+    offloads = program.placed(found) if isinstance(program, Moved) else {}
+    own = Judge(step, budget, machine).candidate(found.saved, offloads)
+    base = sum(map(machine.seconds, step.ops))
+    assert own.over == 0
+    assert base + own.seconds == pytest.approx(found.seconds, rel=1e-6)
+    assert bound(step, budget, machine).seconds <= found.seconds * (1 + 1e-6)
+    plan = evaluate(step, Optimal(small=0)(step, budget, machine), budget, machine, "eager", "optimal")
+    assert plan.fits
+    assert found.seconds * (1 - 1e-6) <= plan.timeline.seconds <= 1.02 * found.seconds
