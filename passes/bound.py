@@ -39,7 +39,7 @@ def bound(step: Step, budget: Budget, machine: Machine) -> Bound:
     least = Bound(
         base + max(0.0, found.cost * program.second - SLACK * base),
         per_byte=max(0.0, -sum(slopes.values())),
-        per_bus=max(0.0, float(program.faster_bus(found)) * program.second),
+        per_bus=max(0.0, program.faster_bus(found) * program.second),
     )
     binding = min(slopes, key=lambda m: (slopes[m], m), default=0)
     if not slopes or slopes[binding] >= 0:

@@ -95,6 +95,8 @@ class Relaxation:
     def _moments(self) -> list[int]:
         held = self.needs.held
         clock = np.cumsum(self.times)
+        if not len(clock):
+            return []
         part = np.minimum(clock / max(clock[-1], 1e-30) * MOMENTS, MOMENTS - 1).astype(int)
         most = {int(p): int(np.flatnonzero(part == p)[np.argmax(held[part == p])]) for p in np.unique(part)}
         # All that crosses is there when forward ends, and what backward made ahead when backward begins.
@@ -159,10 +161,8 @@ class Relaxation:
     def faster_bus(self, found: Solution) -> float:
         """What the optimum's slopes say that a bus twice as fast takes off its cost: each row carries as much again."""
         values, slopes = found.values, found.slopes
-        return -sum(
-            slopes[row] * (values[up_to] - sum(values[v] for v in before))
-            for row, (up_to, *before) in self.carried.items()
-        )
+        copied = ((row, values[now] - sum(values[v] for v in before)) for row, (now, *before) in self.carried.items())
+        return float(-sum(slopes[row] * more for row, more in copied))
 
     def _moved_ahead(self) -> list[tuple[int, float]]:
         """Time of backward's ops that run in forward, negative: those whose results cross, and what these need."""
