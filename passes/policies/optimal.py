@@ -37,6 +37,8 @@ class Optimal:
     name: str = "optimal"
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
+        if not step.saveable:
+            return {}
         judge = Judge(step, budget, machine)
         base = sum(map(machine.seconds, step.ops))
         enough = bound(step, budget, machine).seconds - base + NEAR * base
