@@ -7,12 +7,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from memplan.ir import Budget, Machine, Step
+from memplan.ir import Budget, Graph, Machine, Op, Step, Tensor
 from memplan.passes.bound import bound
 from memplan.passes.pipeline import evaluate, smallest_plan
 from memplan.passes.policies.optimal import Optimal
 from memplan.passes.policies.polish import Judge
 from memplan.passes.simulate import peak
+from tests.torch_free.checkmate import chain, fewest_runs
 from tests.torch_free.milp import Kept, Moved
 from tests.torch_free.oracle import MOST, outcomes
 from tests.torch_free.random_steps import LAYOUTS, MACHINE, backpropagated, steps
@@ -75,3 +76,31 @@ def test_the_planner_beside_the_best_plan(seed: int, *, copies: bool) -> None:
     plan = evaluate(step, Optimal(small=0)(step, budget, machine), budget, machine, "eager", "optimal")
     assert plan.fits
     assert found.seconds * (1 - 1e-6) <= plan.timeline.seconds <= 1.02 * found.seconds
+
+
+def unit_chain(length: int) -> Step:
+    """Checkmate's chain as a step: bytes and seconds of 1, and an input that is there throughout."""
+    names = ("x", *(f"t{i}" for i in range(2 * length)), "loss'")
+    tensors = tuple(Tensor(name, int(name != "loss'"), "activation") for name in names)
+    ops = [
+        Op(f"op{i}", "op", tuple(t + 1 for t in reads) or (0,), (i + 1,), traffic=1, dtype="float32")
+        for i, reads in enumerate(chain(length))
+    ]
+    tangent = len(names) - 1
+    ops[length] = dataclasses.replace(ops[length], inputs=(*ops[length].inputs, tangent))
+    forward = Graph("forward", tuple(ops[:length]), (0,), ())
+    backward = Graph("backward", tuple(ops[length:]), (tangent,), (tangent - 1,), "backward")
+    return Step("chain", tensors, (forward, backward), (0,))
+
+
+@pytest.mark.parametrize(("budget", "fewest"), [(6, 21), (7, 19), (8, 18), (10, 16)])
+def test_chains_have_the_optima_of_checkmate(budget: int, fewest: int) -> None:
+    """Known: 18 runs of a chain of 8 inside 8. Where running once again is enough, the planner's class has it too."""
+    assert fewest_runs(chain(8), budget - 1) == fewest  # the input takes one
+    machine = Machine("unit", "cpu", 2**40, 1.0, (("float32", 1e30),), unified=True)
+    found = Kept(unit_chain(8), Budget(budget), machine).solved()
+    if budget < 7:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.seconds == pytest.approx(fewest)
