@@ -20,7 +20,7 @@ def plan(
     *batch: Any,
     budget: str | int | float | None = None,
     machine: str | Machine | None = None,
-    policy: Any = "greedy",
+    policy: Any = "optimal",
     inner: str = "inductor",
     optimizer: Any = None,
     tiles: int | str | Mapping[str, int] | None = None,

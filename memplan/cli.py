@@ -301,7 +301,7 @@ def _planning(command: argparse.ArgumentParser) -> None:
         "--machine", metavar="NAME", help=f"the machine to plan for: {', '.join(machines())}; default this one"
     )
     command.add_argument(
-        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else greedy"
+        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else optimal"
     )
     command.add_argument(
         "--inner",

@@ -49,7 +49,7 @@ class Options:
     """
 
     budget: str | int | float | None = None
-    policy: Any = "greedy"
+    policy: Any = "optimal"
     machine: Machine | None = None
     inner: Literal["inductor", "eager"] = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -76,7 +76,7 @@ class Options:
             _host_amount(values["host_budget"])
         if "machine" in values:
             values["machine"] = machine(values["machine"])
-        policy = values.get("policy", "greedy")
+        policy = values.get("policy", "optimal")
         if not (isinstance(policy, str) or callable(policy)):
             raise MemplanError(
                 f"option 'policy' is {policy!r}: give a policy's name, or an object called with (step, budget, machine)"

@@ -40,6 +40,8 @@ class Optimal:
         if not step.saveable:
             return {}
         judge = Judge(step, budget, machine)
+        if judge.room <= 0:  # nothing fits: the smallest plan is asked for, and greedy's path ends in it
+            return Greedy(small=self.small)(step, budget, machine)
         base = sum(map(machine.seconds, step.ops))
         enough = bound(step, budget, machine).seconds - base + NEAR * base
         best: Candidate | None = None

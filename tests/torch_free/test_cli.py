@@ -62,7 +62,7 @@ def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pyt
         "batch": 3,
         "budget": "24GB",
         "machine": machine("rtx4090"),
-        "policy": "greedy",
+        "policy": "optimal",
         "inner": "inductor",
         "optimizer": "adamw",
         "tiles": 256,
