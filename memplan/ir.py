@@ -18,11 +18,13 @@ import itertools
 import math
 import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from memplan.errors import MemplanError
+
+T = TypeVar("T")
 
 # torch.profiler's words for what memory is used for.
 Kind = Literal["parameter", "input", "activation", "temporary", "gradient", "optimizer_state"]
@@ -186,6 +188,18 @@ class Step:
     fused: bool = False  # the inner compiler fuses pointwise chains and reuses dying buffers (Inductor)
     notes: tuple[str, ...] = ()
     ports: Ports = Ports()
+
+    def once(self, make: Callable[..., T], *given: Any) -> T:
+        """make(self, *given), computed at the first call alone: what follows from a step and is asked for often."""
+        key = (make, *given)
+        if key not in self._made:
+            self._made[key] = make(self, *given)
+        found: T = self._made[key]
+        return found
+
+    @functools.cached_property
+    def _made(self) -> dict[tuple[Any, ...], Any]:
+        return {}
 
     @functools.cached_property
     def forward(self) -> Graph:

@@ -49,7 +49,10 @@ def rank(
     found = [(name_of(one), policies.find(one)) for one in wanted]
     rows = list[Row]()
     for name, step in steps.items():
-        for machine in machines:
+        of, slower = dict[str, list[Row]](), list[tuple[Machine, dict[tuple[str, int], Plan]]]()
+        for machine in sorted(machines, key=lambda m: m.host_bandwidth):
+            made: dict[tuple[str, int], Plan] = {}
+            before = [plans for other, plans in slower if _differs_in_the_bus(other, machine)]
             sizes = sorted(budgets) or _range(step, machine, host_bytes)
             best: dict[str, Plan] = {}
             for size in sizes:
@@ -59,9 +62,32 @@ def rank(
                 for label, policy in found:
                     progress(f"{name} on {machine.name}: {label} inside {human(size)}")
                     plan, row = _planned(step, machine, budget, label, policy, limit)
+                    known = [plans[label, size] for plans in before if (label, size) in plans]
+                    plan, row = _no_slower(plan, row, known, machine)
                     here.append(_judged(dataclasses.replace(row, step=name), plan, least, best))
-                rows += sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
+                    if label in best:
+                        made[label, size] = best[label]
+                of.setdefault(machine.name, []).extend(
+                    sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
+                )
+            slower.append((machine, made))
+        rows += [row for machine in machines for row in of[machine.name]]
     return Ranking(tuple(rows))
+
+
+def _differs_in_the_bus(slower: Machine, machine: Machine) -> bool:
+    """Whether the machines are alike but for that, and their names."""
+    return dataclasses.replace(slower, name=machine.name, host_bandwidth=machine.host_bandwidth) == machine
+
+
+def _no_slower(plan: Plan | None, row: Row, known: Sequence[Plan], machine: Machine) -> tuple[Plan | None, Row]:
+    """The plan, or one that was made for the last slower bus: its copies end no later here."""
+    for other in known[-1:]:
+        again = evaluate(other.step, dict(other.decisions), other.budget, machine, other.inner, other.policy)
+        if plan is None or not plan.fits or again.overhead < plan.overhead:
+            note = f"the plan for {other.machine.name}" + (f"; {row.note}" if row.note else "")
+            return again, dataclasses.replace(row, note=note)
+    return plan, row
 
 
 def _range(step: Step, machine: Machine, host_bytes: int) -> list[int]:

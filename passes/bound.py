@@ -28,7 +28,7 @@ def with_bound(plan: Plan) -> Plan:
 
 def bound(step: Step, budget: Budget, machine: Machine) -> Bound:
     """The least time of any plan that fits. Seconds are infinite if there is none."""
-    program = Relaxation(step, budget, machine, necessity(step))
+    program = Relaxation(step, budget, machine, step.once(necessity))
     program.recomputation()
     rows = program.memory()
     found = program.lp.relaxed()

@@ -73,7 +73,7 @@ def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float
     """The best of greedy's path that is faster than `best`, or the smallest; and what rules of other tools make."""
     step, budget, machine = judge.step, judge.budget, judge.machine
     limit = best.seconds if best and not best.over else math.inf
-    points = [p for p in path(step, machine, Greedy().points) if p.seconds < limit]
+    points = [p for p in step.once(path, machine, Greedy().points) if p.seconds < limit]
     if budget.host_bytes:
         if limit > enough:
             points += moved(step, points, budget, machine, small, judge.room, limit)
@@ -90,7 +90,7 @@ def _of_chains(judge: Judge, small: int, enough: float) -> Iterator[Candidate]:
     """The best plan of each chain, as long as longer blocks help."""
     found = list[Candidate]()
     for every in EVERY if judge.room > 0 else ():
-        links = chain(judge.step, judge.machine, every, small)
+        links = judge.step.once(chain, judge.machine, every, small)
         best = _fitted(judge, links, small, found[-1].seconds if found else math.inf)
         if best is not None:
             found.append(best)
