@@ -189,4 +189,5 @@ def _verdict(plan: Plan) -> str:
     short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
     time = f"{100 * plan.overhead:+.1f} % time".replace("-0.0", "+0.0")
     time += f", gap {100 * plan.gap:.1f} (estimate)" if plan.gap is not None else " (estimate)"
-    return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"
+    by = f"policy {plan.policy} on {plan.machine.name}, inner {plan.inner}, cost {plan.step.cost}"
+    return f"{fits if plan.fits else short}; {time}; {by}"

@@ -12,6 +12,7 @@ from memplan.ir import Budget, Machine, Plan, Step
 from memplan.passes.bound import bound, with_bound
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies.offload import OffloadAll
+from memplan.passes.pricing import priced
 from memplan.serialize import from_json, to_json
 from tests.torch_free.oracle import MOST, outcomes
 from tests.torch_free.random_steps import LAYOUTS, MACHINE, steps
@@ -32,6 +33,8 @@ def small_steps(draw: st.DrawFn) -> Step:
     """Steps of every layout, fused or not, some of whose ops must not run twice: in half of them none may."""
     step = draw(steps(layout=draw(st.sampled_from(sorted(LAYOUTS))), max_ops=6, fused=draw(st.booleans())))
     assume(0 < len(step.saveable) <= MOST)
+    if step.fused and draw(st.booleans()):
+        step = priced(step, "fused")
     if draw(st.booleans()):  # copies are the only way
         graphs = tuple(
             dataclasses.replace(g, ops=tuple(dataclasses.replace(op, fixed="random") for op in g.ops))
