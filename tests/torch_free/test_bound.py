@@ -76,7 +76,7 @@ def test_a_plan_says_how_far_it_is_from_the_best() -> None:
     assert plan.bound is not None and plan.gap is not None
     assert plan.gap == (plan.timeline.seconds - plan.bound.seconds) / plan.base_seconds > 0
     text = str(plan)
-    assert f" % time, gap {100 * plan.gap:.1f} (estimate); " in text.splitlines()[-1]
+    assert f" % time, gap {100 * plan.gap:.1f} (roofline-v1); " in text.splitlines()[-1]
     assert f"600.0 MB more could save {6e8 * plan.bound.per_byte * 1e3:.3g} ms" in text
     assert f"memory is shortest at {plan.bound.at}" in text
     assert from_json(to_json(plan), Plan).bound == plan.bound

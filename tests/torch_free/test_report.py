@@ -76,7 +76,7 @@ def test_verdict(plan: Plan) -> None:
     last = str(plan).splitlines()[-1]
     spare = human(plan.budget.available - plan.peak)
     assert last.startswith(f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {spare} to spare")
-    assert last.endswith("+5.0 % time (estimate); policy by_hand on toy, inner eager, cost roofline-v1")
+    assert last.endswith("+5.0 % time (roofline-v1); policy by_hand on toy, inner eager")
     short = dataclasses.replace(plan, budget=Budget(plan.peak - 1000))
     assert "does not fit" in str(short).splitlines()[-1]
     assert "short by 1.000 KB" in str(short).splitlines()[-1]
