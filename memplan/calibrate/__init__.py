@@ -1,9 +1,10 @@
 """Measure this machine once, for a machine file: what `memplan calibrate` does.
 
 In: "cpu" or "cuda". Out: a Measured: the Machine, and the figures it was made of. The machine is the one that memplan
-would suppose here (here.py), with what was measured in the place of the table's data-sheet rates.
-What must hold: nothing is guessed. What cannot be measured here (a dtype without hardware, attention in it) is left
-out, as in the table; a rate that prices two directions is the slower one's.
+would suppose here (here.py), with what was measured in the place of the table's data-sheet rates; the context's size is
+the table's still.
+What must hold: no rate is guessed. What cannot be measured here (a dtype without hardware, attention in it) is left out,
+as in the table; a rate that prices two directions is the slower one's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import datetime
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -85,11 +85,11 @@ def calibrate(
         shared = measured("copies beside ops", transfers.contention(clock), "", "{}")
         disk = measured("disk", transfers.disk(clock), "B/s", "disk, {}")
         rules = measured("memory inside ops", inside.workspaces(clock), "x its first output", "inside {}")
-    here = this_machine(where)
+    here, about = this_machine(where), _about(where)
     link = min(rate for direction, rate in copies.items() if "pageable" not in direction)
     made = dataclasses.replace(
         here,
-        name=name or f"{here.name} measured",
+        name=name or f"{about['device']} measured",
         bandwidth=memory["pointwise"],
         flops=tuple(flops.items()),
         attention=tuple(attention.items()),
@@ -99,14 +99,13 @@ def calibrate(
         unified=not clock.cuda or bool(torch.cuda.get_device_properties().is_integrated),
         workspace_rules=tuple((dict(here.workspace_rules) | rules).items()),
     )
-    return Measured(made, tuple(figures), tuple(_about(where).items()))
+    return Measured(made, tuple(figures), tuple(about.items()))
 
 
-def _about(device: str) -> dict[str, Any]:
-    chip = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+def _about(device: str) -> dict[str, str]:
     return {
         "date": datetime.date.today().isoformat(),
-        "device": chip,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
     }

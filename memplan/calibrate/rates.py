@@ -16,9 +16,9 @@ from memplan.calibrate.clock import Clock
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIDES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, HEAD = 8, 64
-ELEMENTS = (2**24, 2**28)  # on a CPU and on CUDA, beyond most caches
+ELEMENTS = (2**24, 2**26)  # on a CPU and on CUDA, beyond most caches
 
 
 def products(clock: Clock) -> Iterator[tuple[str, float]]:
