@@ -3,8 +3,8 @@
 In: "cpu" or "cuda". Out: a Measured: the Machine, and the figures it was made of. The machine is the one that memplan
 would suppose here (here.py), with what was measured in the place of the table's data-sheet rates; the context's size is
 the table's still.
-What must hold: no rate is guessed. What cannot be measured here (a dtype without hardware, attention in it) is left out,
-as in the table; a rate that prices two directions is the slower one's.
+What must hold: no rate is guessed. What cannot be measured here (a dtype without hardware, attention in it) is left
+out, as in the table; a rate that prices two directions is the slower one's.
 """
 
 from __future__ import annotations
