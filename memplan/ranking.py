@@ -101,7 +101,7 @@ def _range(step: Step, machine: Machine, host_bytes: int) -> list[int]:
 def _planned(
     step: Step, machine: Machine, budget: Budget, label: str, policy: Policy, limit: float
 ) -> tuple[Plan | None, Row]:
-    row = Row(step.name, machine.name, budget.bytes, label, False)
+    row = Row(step.name, machine.name, budget.bytes, label, False, cost=step.cost)
     start = time.perf_counter()
     try:
         with _stopped_after(limit, label) as stopped:

@@ -34,7 +34,10 @@ _SHORT = {
 
 
 def table(plan: Plan) -> str:
-    """The decisions, equal layers folded, then the peak, the budget, the notes, and whether it fits."""
+    """The decisions, equal layers folded, then the peak, the budget, the notes, and whether it fits.
+
+    Times are estimates, by the cost model that the last line names.
+    """
     return "\n".join([_decisions(plan), *_peak(plan.timeline), _budget(plan), *_notes(plan), _verdict(plan)])
 
 
@@ -200,5 +203,6 @@ def _verdict(plan: Plan) -> str:
     fits = f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {human(spare)} to spare"
     short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
     time = f"{100 * plan.overhead:+.1f} % time".replace("-0.0", "+0.0")
-    time += f", gap {100 * plan.gap:.1f} (estimate)" if plan.gap is not None else " (estimate)"
-    return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"
+    time += f", gap {100 * plan.gap:.1f}" if plan.gap is not None else ""
+    by = f"policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"
+    return f"{fits if plan.fits else short}; {time} ({plan.step.cost}); {by}"

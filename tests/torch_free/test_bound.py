@@ -12,6 +12,7 @@ from memplan.ir import Bound, Budget, Machine, Plan, Step
 from memplan.passes.bound import bound, with_bound
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies.offload import OffloadAll
+from memplan.passes.pricing import priced
 from memplan.serialize import from_json, to_json
 from memplan.units import human
 from tests.torch_free.oracle import MOST, outcomes
@@ -33,6 +34,8 @@ def small_steps(draw: st.DrawFn) -> Step:
     """Steps of every layout, fused or not, some of whose ops must not run twice: in half of them none may."""
     step = draw(steps(layout=draw(st.sampled_from(sorted(LAYOUTS))), max_ops=6, fused=draw(st.booleans())))
     assume(0 < len(step.saveable) <= MOST)
+    if step.fused and draw(st.booleans()):
+        step = priced(step, "fused")
     if draw(st.booleans()):  # copies are the only way
         graphs = tuple(
             dataclasses.replace(g, ops=tuple(dataclasses.replace(op, fixed="random") for op in g.ops))
@@ -74,7 +77,7 @@ def test_a_plan_says_how_far_it_is_from_the_best() -> None:
     assert plan.bound is not None and plan.gap is not None
     assert plan.gap == (plan.timeline.seconds - plan.bound.seconds) / plan.base_seconds > 0
     text = str(plan)
-    assert f" % time, gap {100 * plan.gap:.1f} (estimate); " in text.splitlines()[-1]
+    assert f" % time, gap {100 * plan.gap:.1f} (roofline-v1); " in text.splitlines()[-1]
     assert f"600.0 MB more could save {6e8 * plan.bound.per_byte * 1e3:.3g} ms" in text
     assert f"memory is shortest at {plan.bound.at}" in text
     assert from_json(to_json(plan), Plan).bound == plan.bound

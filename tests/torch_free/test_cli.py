@@ -67,6 +67,7 @@ def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pyt
         "optimizer": "adamw",
         "tiles": 256,
         "host_budget": None,
+        "cost": None,
     }
     assert Plan.load(out) == plan
 

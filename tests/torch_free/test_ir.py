@@ -14,6 +14,7 @@ from memplan.errors import MemplanError
 from memplan.ir import (
     KINDS,
     Block,
+    Bound,
     Budget,
     Gap,
     Graph,
@@ -94,7 +95,9 @@ MACHINE = every(
     host_bandwidth=REAL,
     disk_bandwidth=REAL,
     flops=some(st.tuples(st.text(), REAL)),
+    contention=REAL,
     workspace_rules=some(st.tuples(st.text(), REAL)),
+    attention=some(st.tuples(st.text(), REAL)),
 )
 TIER = st.sampled_from(("host", "disk"))
 PLAN = every(
@@ -108,11 +111,12 @@ PLAN = every(
     machine=MACHINE,
     base_seconds=REAL,
     notes=some(st.text()),
+    bound=st.none() | every(Bound, seconds=REAL, per_byte=REAL),
 )
 
 
 @settings(deadline=None, max_examples=60)
-@given(STEP | PLAN | TIMELINE)
+@given(STEP | PLAN | TIMELINE | MACHINE)
 def test_json_round_trip(value: Any) -> None:
     assert from_json(to_json(value), type(value)) == value
 
