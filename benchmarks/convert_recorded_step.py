@@ -13,12 +13,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memplan.ir import Graph, Kind, Op, Step, Tensor
+from memplan.ir import Fusion, Graph, Kind, Op, Step, Tensor
 from memplan.serialize import to_json, write
 
 BANDWIDTH = 2.6e12  # bytes/s: the recording's times are roofline estimates at this rate and 600 TFLOP/s
 DTYPE = "bfloat16"
 FIRST_OF_BACKWARD = "nll_loss_backward"
+
+# How Inductor lowers them; what is not named is a kernel of its own.
+_FUSION: dict[str, Fusion] = dict.fromkeys(
+    (
+        *("mul", "add", "sub", "div", "neg", "pow", "rsqrt", "silu", "sigmoid", "_to_copy", "cat", "clone", "fill"),
+        *("empty_like", "_assert_tensor_metadata", "embedding", "nll_loss_backward"),
+    ),
+    "pointwise",
+) | dict.fromkeys(
+    ("sum", "mean", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "embedding_dense_backward"),
+    "reduction",
+)
 
 
 def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], saved: list[tuple[float, list[int]]]) -> Step:
@@ -31,7 +43,8 @@ def convert(name: str, nodes: list[dict[str, Any]], outs: list[int], saved: list
         tensors.append(Tensor(f"{node['op']}_{i}", 0 if i in gradients else node["bytes"], kind, dtype=DTYPE))
         inputs = (*node["deps"], tangent) if node["op"] == FIRST_OF_BACKWARD else tuple(node["deps"])
         traffic = round(node["time"] * BANDWIDTH)
-        ops.append(Op(f"{node['op']}_{i}", node["op"], inputs, (i,), round(node["flops"]), traffic, DTYPE))
+        op, fusion = node["op"], _FUSION.get(node["op"], "extern")
+        ops.append(Op(f"{op}_{i}", op, inputs, (i,), round(node["flops"]), traffic, DTYPE, fusion))
     tensors.append(Tensor("tangent", 4, "input", dtype="float32"))
     losses = tuple(t for t in outs if t < first)
     return Step(

@@ -36,7 +36,9 @@ HOST = "400GB"
 
 
 class LoRA(nn.Module):
-    """A frozen product with a trained one of low rank beside it (Hu et al. 2021)."""
+    """A frozen product with a trained one of low rank beside it (Hu et al. 2021), or alone while it is not `on`."""
+
+    on = True
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class LoRA(nn.Module):
         self.up = nn.Parameter(torch.empty(base.out_features, RANK, dtype=base.weight.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + (x @ self.down.t()) @ self.up.t()
+        out: torch.Tensor = self.base(x)
+        return out + (x @ self.down.t()) @ self.up.t() if self.on else out
 
 
 def adapted(layers: int) -> LlamaForCausalLM:

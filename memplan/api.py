@@ -20,18 +20,20 @@ def plan(
     *batch: Any,
     budget: str | int | float | None = None,
     machine: str | Machine | None = None,
-    policy: Any = "greedy",
+    policy: Any = "optimal",
     inner: str = "inductor",
     optimizer: Any = None,
     tiles: int | str | Mapping[str, int] | None = None,
     host_budget: str | int | float | None = None,
+    cost: str | None = None,
 ) -> Plan:
     """The plan for `step(*batch)` inside `budget`, made on fake tensors.
 
     step: returns the loss, or calls .backward() on it; its modules may be on any device, "meta" included.
     budget: "24GB", "50%", 0.5, or bytes as an int; None: the whole machine.
-    machine: whose memory and speed to plan for; None: this one, where each op is run alone once, on zeros, to
-        learn the memory inside it. For another machine nothing is run at all.
+    machine: whose memory and speed to plan for: a name, a machine file of `memplan calibrate`, or a memplan.Machine;
+        None: this one, where each op is run alone once, on zeros, to learn the memory inside it. For another machine
+        nothing is run at all.
     optimizer: what will update the parameters: "adamw", or a function that makes it from parameters, or itself; None:
         the one that has them by now. Its states count, and what its step takes.
     tiles: the most rows of a slice, for every region that can run in slices; {"lm_head": 256} for those in a module or
@@ -39,6 +41,8 @@ def plan(
     host_budget: what may be off the device in the host's memory at a time, written as a budget is; 0: nothing; None:
         half of this host's free memory, and nothing where device and host share one memory.
     inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.
+    cost: what durations are by: "roofline-v1", where each op reads and writes memory, or "fused", where a chain of
+        pointwise ops does so once; None: as `inner` runs them.
     Returns memplan.Plan. Raises DoesNotFit, with the smallest budget that fits, and MemplanError for bad input.
     Nothing is left behind: parameters, .grad, buffers, random state and torch's caches are as they were.
     """
@@ -55,6 +59,7 @@ def plan(
         optimizer=optimizer,
         tiles=tiles,
         host_budget=host_budget,
+        cost=cost,
     )
     traced = trace(step, batch, partitioner, options.optimizer)
     made = make_plan(traced, options.policy, partitioner.budget, partitioner.machine, inner=options.inner)
@@ -67,7 +72,7 @@ def largest(step: Callable[..., Any], batch: Any, dimension: Literal["tokens", "
     dimension: "batch" is the first dimension of the batch's tensors, "tokens" the second. The size is that of the first
         tensor that has 2 or more in it; all others of that size change with it, and those whose size the step relates
         to it (tokens - 1).
-    options: budget, machine, policy, inner, optimizer, tiles and host_budget, as in memplan.plan.
+    options: budget, machine, policy, inner, optimizer, tiles, host_budget and cost, as in memplan.plan.
     Guaranteed: memplan.plan fits at that size, and does not at the next one that the step takes. Peaks may fall by some
     bytes as a size grows, so a still larger one may fit again. What the step takes is what its trace allows: with
     `if tokens > 4096` in it, the sizes of the batch's own branch; with a reshape to blocks of 64, multiples of 64.
@@ -107,6 +112,7 @@ def _asked(**given: Any) -> tuple[Partitioner, Options]:
         on_plan=lambda *_: None,
         measure=options.machine is None,
         tiles=options.tiles,
+        cost=options.cost_model,
     )
     return partitioner, options
 

@@ -56,6 +56,7 @@ def memplan_backend(
         names=tensor_names(graph),
         notes=tuple(_limits(graph)),
         tiles=read.tiles,
+        cost=read.cost_model,
     )
     log.debug("a graph of %d nodes, planned with %s", len(graph.graph.nodes), read)
     step = whole_step(compile_call(), read.optimizer)

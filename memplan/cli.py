@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ from rich.status import Status
 import memplan
 from memplan import report, serialize, steps
 from memplan.errors import DoesNotFit, MemplanError, did_you_mean
-from memplan.ir import Machine, Plan, Step, Timeline
+from memplan.ir import COST_MODELS, CostModel, Machine, Plan, Step, Timeline
 from memplan.machines import machine, machines
 from memplan.options import Options
-from memplan.passes.policies import builtin
+from memplan.passes.policies import FunctionPolicy, builtin
+from memplan.passes.pricing import priced
 from memplan.units import parse_bytes
 
 FORMATS = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
@@ -53,13 +55,13 @@ def plan(arguments: argparse.Namespace) -> int:
     """
     given = {
         name: getattr(arguments, name)
-        for name in ("budget", "host_budget", "machine", "policy", "inner", "out", "optimizer", "tiles")
+        for name in ("budget", "host_budget", "machine", "policy", "inner", "out", "optimizer", "tiles", "cost")
     }
     options = Options.read(given)
     _check_out(Plan, options.out, arguments.force or arguments.out is None)  # MEMPLAN_OUT is for runs that plan again
     with _progress(f"loading {arguments.target}"):
         step, batch = _make_step(arguments.target)
-    names = ("budget", "host_budget", "machine", "policy", "inner", "optimizer")
+    names = ("budget", "host_budget", "machine", "policy", "inner", "optimizer", "cost")
     asked = {name: getattr(options, name) for name in names} | {"tiles": arguments.tiles}
     if arguments.largest:
         from memplan.api import find_largest  # which is not torch-free
@@ -131,11 +133,11 @@ def _rank(arguments: argparse.Namespace) -> int:
     _check_out(report.Ranking, arguments.out, arguments.force)
     targets = [machine(name) for name in _listed(arguments.machines)]
     with _progress("reading steps") as status:
-        chosen = {name: _step(name, targets[0]) for name in _listed(arguments.steps) or steps.names()}
+        chosen = {name: _step(name, targets[0], arguments.cost) for name in _listed(arguments.steps) or steps.names()}
         found = rank(
             chosen,
             targets,
-            _listed(arguments.policies),
+            [_named_in(one) if ".py" in one else one for one in _listed(arguments.policies)],
             [parse_bytes(size) for size in _listed(arguments.budgets)],
             host_bytes=parse_bytes(arguments.host_budget) if arguments.host_budget else 0,
             limit=arguments.limit,
@@ -151,13 +153,14 @@ def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _step(name: str, target: Machine) -> Step:
-    """A recorded step by name, one saved as .json, or one of your own by FILE.py:make_step."""
+def _step(name: str, target: Machine, cost: CostModel) -> Step:
+    """A recorded step by name, one saved as .json, or one of your own by FILE.py:make_step, with its ops priced."""
     if ".py" in name:
         step, batch = _make_step(name)
         all_of_it = dataclasses.replace(target, memory_bytes=2**62)
-        return memplan.plan(step, batch, machine=all_of_it, policy="save-all", inner="eager").step
-    return serialize.load(name, Step) if name.endswith(".json") else steps.load(name)
+        inner = "inductor" if cost == "fused" else "eager"
+        return memplan.plan(step, batch, machine=all_of_it, policy="save-all", inner=inner, cost=cost).step
+    return priced(serialize.load(name, Step) if name.endswith(".json") else steps.load(name), cost)
 
 
 def record_step(arguments: argparse.Namespace) -> int:
@@ -187,6 +190,32 @@ def record_step(arguments: argparse.Namespace) -> int:
             report.save(found, arguments.out)
         text = serialize.to_json(found) if arguments.json else report.summary(found)
     print(text)
+    return 0
+
+
+def calibrate(arguments: argparse.Namespace) -> int:
+    """Measure this machine once, in under a minute, and write a machine file.
+
+        memplan calibrate -o mine.json
+        memplan plan train.py:make_step --machine mine.json
+
+    Products and attention by dtype, memory, copies both ways, the disk, and the memory inside a few ops. The file is
+    for --machine, option machine and memplan.plan: durations are then this machine's, and not a data sheet's.
+    """
+    from memplan.calibrate import calibrate as measure  # which is not torch-free
+
+    if not (arguments.out.endswith(".json") and os.access(Path(arguments.out).absolute().parent, os.W_OK)):
+        raise MemplanError(f"cannot write {arguments.out!r}: name a .json file in a folder that exists and is writable")
+    _check_new(arguments.out, arguments.force)
+    with _progress("measuring") as status:
+        found = measure(
+            arguments.device,
+            name=arguments.name,
+            scale=arguments.scale,
+            progress=lambda what: status.update(f"measuring {what} ..."),
+        )
+        found.save(arguments.out)
+    print(f"{found}\nwritten: {arguments.out}")
     return 0
 
 
@@ -249,14 +278,27 @@ def _parser() -> argparse.ArgumentParser:
     command = add(compare)
     command.add_argument("a", metavar="A", nargs="?", help=SAVED)
     command.add_argument("b", metavar="B", nargs="?", help="another one; differences are b - a")
-    command.add_argument("--policies", metavar="NAMES", help=f"in place of files, rank these: {', '.join(builtin())}")
+    command.add_argument(
+        "--policies",
+        metavar="NAMES",
+        help=f"in place of files, rank these, or yours by FILE.py:policy: {', '.join(builtin())}",
+    )
     command.add_argument(
         "--steps",
         metavar="NAMES",
         help=f"recorded steps ({', '.join(steps.names())}), saved .json, or FILE.py:make_step; default all recorded",
     )
     command.add_argument("--budgets", metavar="SIZES", help="inside what, 6GB,12GB; default each step's own range")
-    command.add_argument("--machines", metavar="NAMES", default="h100", help="of the device table; default h100")
+    command.add_argument(
+        "--machines", metavar="NAMES", default="h100", help="of the device table, or machine files; default h100"
+    )
+    command.add_argument(
+        "--cost",
+        choices=COST_MODELS,
+        default="roofline-v1",
+        help="what times are by: each op reads and writes memory, or, fused, a chain of pointwise ops does so once; "
+        "default roofline-v1",
+    )
     command.add_argument("--host-budget", metavar="SIZE", help="what may be off the device at a time; default nothing")
     command.add_argument(
         "--limit", metavar="SECONDS", type=float, default=math.inf, help="stop a policy that takes longer for one plan"
@@ -271,6 +313,13 @@ def _parser() -> argparse.ArgumentParser:
     _target(command)
     command.add_argument("--device", help="cpu or cuda; default cuda if there is one")
     _output(command)
+
+    command = add(calibrate)
+    command.add_argument("--device", help="cpu or cuda; default cuda if there is one")
+    command.add_argument("--name", help="what reports call the machine; default what the table calls it, measured")
+    command.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)  # of sizes and times, for tests
+    command.add_argument("-o", "--out", metavar="PATH", default="machine.json", help="the file; default machine.json")
+    command.add_argument("-f", "--force", action="store_true", help="overwrite the file if it exists")
     return parser
 
 
@@ -294,15 +343,20 @@ def _planning(command: argparse.ArgumentParser) -> None:
         "half of what is free here, and nothing where host and device share one memory",
     )
     command.add_argument(
-        "--machine", metavar="NAME", help=f"the machine to plan for: {', '.join(machines())}; default this one"
+        "--machine",
+        metavar="NAME",
+        help=f"the machine to plan for: {', '.join(machines())}, or a file of memplan calibrate; default this one",
     )
     command.add_argument(
-        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else greedy"
+        "--policy", metavar="NAME", help=f"what decides: {', '.join(builtin())}; default MEMPLAN_POLICY, else optimal"
     )
     command.add_argument(
         "--inner",
         choices=("inductor", "eager"),
         help="what will run the graphs: of eager bytes are exact, of inductor an estimate; default inductor",
+    )
+    command.add_argument(
+        "--cost", choices=COST_MODELS, help="what times are by; default fused with inductor, roofline-v1 with eager"
     )
     command.add_argument(
         "--optimizer",
@@ -330,6 +384,10 @@ def _check_out(kind: type, out: str | None, overwrite: bool) -> None:
     if out is None:
         return
     report.check_path(kind, out)
+    _check_new(out, overwrite)
+
+
+def _check_new(out: str, overwrite: bool) -> None:
     if Path(out).exists() and not overwrite:
         raise MemplanError(f"{out!r} exists already: give -f to overwrite it, or name another file with -o")
 
@@ -350,8 +408,8 @@ def _number(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _make_step(target: str) -> tuple[Any, Any]:
-    """Import the file as `python FILE.py` would, and call its function."""
+def _named_in(target: str) -> Any:
+    """Import the file of FILE.py:NAME as `python FILE.py` would, and find what can be called by that name in it."""
     name, _, function = target.rpartition(":")
     path = Path(name)
     if not (name and function):
@@ -364,11 +422,18 @@ def _make_step(target: str) -> tuple[Any, Any]:
     sys.path.insert(0, str(path.parent.resolve()))
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
-    make = getattr(module, function, None)
-    if not callable(make):
-        functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == spec.name]
+    found = getattr(module, function, None)
+    if not callable(found):
+        made = {n: f.function if isinstance(f, FunctionPolicy) else f for n, f in vars(module).items()}
+        functions = [n for n, f in made.items() if inspect.isfunction(f) and f.__module__ == spec.name]
         known = f"it has {', '.join(functions) or 'none'}{did_you_mean(function, functions)}"
         raise MemplanError(f"{name!r} has no function {function!r}: {known}")
+    return found
+
+
+def _make_step(target: str) -> tuple[Any, Any]:
+    """What the function that is named returns."""
+    make = _named_in(target)
     try:
         inspect.signature(make).bind()
     except TypeError as e:

@@ -18,11 +18,13 @@ import itertools
 import math
 import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from memplan.errors import MemplanError
+
+T = TypeVar("T")
 
 # torch.profiler's words for what memory is used for.
 Kind = Literal["parameter", "input", "activation", "temporary", "gradient", "optimizer_state"]
@@ -55,6 +57,10 @@ class Tensor:
     dense: bool = True  # its elements, as its node shows them, fill it: it can be copied as they are
 
 
+# How the memory traffic of ops is priced: each pays its own, or for its part of a fused kernel (passes/pricing.py).
+CostModel = Literal["roofline-v1", "fused"]
+COST_MODELS: tuple[CostModel, ...] = typing.get_args(CostModel)
+
 # How a compiler that fuses treats an op: only an extern op needs its inputs and outputs in memory.
 Fusion = Literal["pointwise", "reduction", "extern"]
 
@@ -68,7 +74,7 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]  # the storages it allocates
     flops: int = 0
-    traffic: int = 0  # bytes read and written
+    traffic: int = 0  # bytes read and written when it runs alone
     dtype: str = ""  # decides the machine's arithmetic rate
     fusion: Fusion = "extern"
     workspace_bytes: int = 0  # the peak inside the op beyond its inputs and outputs
@@ -78,6 +84,7 @@ class Op:
     layer: str = ""
     body: Loop | None = None
     fetches: bool = False  # copies a parameter from the host; the copy starts when the one before it is done
+    priced: int | None = None  # bytes that its kernel moves for it, by the step's cost model; None: `traffic`
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,19 @@ class Step:
     fused: bool = False  # the inner compiler fuses pointwise chains and reuses dying buffers (Inductor)
     notes: tuple[str, ...] = ()
     ports: Ports = Ports()
+    cost: CostModel = "roofline-v1"  # what durations of ops are by
+
+    def once(self, make: Callable[..., T], *given: Any) -> T:
+        """make(self, *given), computed at the first call alone: what follows from a step and is asked for often."""
+        key = (make, *given)
+        if key not in self._made:
+            self._made[key] = make(self, *given)
+        found: T = self._made[key]
+        return found
+
+    @functools.cached_property
+    def _made(self) -> dict[tuple[Any, ...], Any]:
+        return {}
 
     @functools.cached_property
     def forward(self) -> Graph:
@@ -355,7 +375,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device can do. `flops`: dtype -> FLOP/s; a dtype that is absent is not supported."""
+    """What a device can do. `flops`: dtype -> FLOP/s of products; a dtype that is absent is not supported.
+
+    `attention`: dtype -> FLOP/s of attention, where it is known to differ.
+    """
 
     name: str
     device: Literal["cpu", "cuda"]
@@ -368,18 +391,26 @@ class Machine:
     unified: bool = False  # host and device share one memory
     context_bytes: int = 0  # what the driver takes before the first tensor
     workspace_rules: tuple[tuple[str, float], ...] = ()  # op -> hidden workspace, in multiples of its first output
+    attention: tuple[tuple[str, float], ...] = ()
 
     @functools.cached_property
     def rates(self) -> Mapping[str, float]:
         """`flops` as a mapping."""
         return dict(self.flops)
 
+    @functools.cached_property
+    def attention_rates(self) -> Mapping[str, float]:
+        """`attention` as a mapping."""
+        return dict(self.attention)
+
     def seconds(self, op: Op) -> float:
         """Roofline (Williams, Waterman, Patterson 2009): the longer of arithmetic and memory traffic."""
-        rate = self.rates.get(op.dtype) or self.rates["float32"]
         if op.fetches:
             return self.copy_seconds(op.traffic // 2, "host")
-        return max(op.flops / rate, op.traffic / self.bandwidth)
+        rate = self.rates.get(op.dtype) or self.rates["float32"]
+        if self.attention and "attention" in op.target:
+            rate = self.attention_rates.get(op.dtype, rate)
+        return max(op.flops / rate, (op.traffic if op.priced is None else op.priced) / self.bandwidth)
 
     def copy_seconds(self, size: int, tier: Tier) -> float:
         """Time of a copy of `size` bytes between the device and a tier."""
@@ -545,12 +576,15 @@ class Bound:
 
     `seconds`: the step takes at least so long inside the budget; infinite: nothing fits.
     `per_byte`: seconds that a byte more of budget takes off that, at the margin. `at`: the op where memory binds most;
-    empty: nowhere.
+    empty: nowhere. `needs`: bytes that are there then whatever is decided, beyond parameters and inputs.
+    `per_bus`: seconds that a faster bus takes off, at the margin: a hundredth of it for each percent.
     """
 
     seconds: float
     per_byte: float = 0.0
     at: str = ""
+    needs: int = 0
+    per_bus: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from memplan import memory
 from memplan.errors import MemplanError, did_you_mean
-from memplan.ir import Budget, Machine
+from memplan.ir import COST_MODELS, Budget, CostModel, Machine
 from memplan.machines import machine
 from memplan.units import human
 from memplan.units import parse_bytes as parse_bytes
@@ -38,7 +38,8 @@ class Options:
     `budget`: "24GB", "50%", a fraction as a float, bytes as an int; None: the whole device.
     `host_budget`: the most that may be off the device in the host's memory, written as a budget is, 0 for none; None:
     half of the host's free memory, and none where the device has no memory of its own.
-    `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on.
+    `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on; else a name, a
+    machine file, or the Machine itself.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
     `out`: the file to which the plan is saved, .json or .png.
     `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
@@ -46,10 +47,11 @@ class Options:
     `tiles`: the most rows of a slice, for every region that can run in slices; {"lm_head": 256}, for those in a module
     or at a source line ("model.py:210"); "auto": as the fastest plan that fits has it; None: no slices.
     `limits`: the largest sizes to come, {"batch": 8, "tokens": 20480}, for which a step of varying sizes is planned.
+    `cost`: the model that prices ops (passes/pricing.py); None: "fused" under Inductor, "roofline-v1" under eager.
     """
 
     budget: str | int | float | None = None
-    policy: Any = "greedy"
+    policy: Any = "optimal"
     machine: Machine | None = None
     inner: Literal["inductor", "eager"] = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -58,6 +60,12 @@ class Options:
     optimizer: Any = None
     tiles: int | tuple[tuple[str, int], ...] | Literal["auto"] | None = None
     host_budget: str | int | float | None = None
+    cost: CostModel | None = None
+
+    @property
+    def cost_model(self) -> CostModel:
+        """The model that prices ops."""
+        return self.cost or ("fused" if self.inner == "inductor" else "roofline-v1")
 
     @staticmethod
     def read(given: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Options:
@@ -76,7 +84,7 @@ class Options:
             _host_amount(values["host_budget"])
         if "machine" in values:
             values["machine"] = machine(values["machine"])
-        policy = values.get("policy", "greedy")
+        policy = values.get("policy", "optimal")
         if not (isinstance(policy, str) or callable(policy)):
             raise MemplanError(
                 f"option 'policy' is {policy!r}: give a policy's name, or an object called with (step, budget, machine)"
@@ -92,6 +100,8 @@ class Options:
         inner = values.get("inner", "inductor")
         if inner not in ("inductor", "eager"):
             raise MemplanError(f"option 'inner' is {inner!r}: it is 'inductor' or 'eager'")
+        if "cost" in values:
+            _check_cost(values["cost"], inner)
         inductor = values.get("inductor", {})
         if not isinstance(inductor, Mapping):
             raise MemplanError(f"option 'inductor' is {inductor!r}: give a dict of torch._inductor.config's names")
@@ -105,6 +115,14 @@ class Options:
             values["out"] = str(values["out"])
         limits = _sizes(values.get("limits", {}))
         return Options(**values | {"inductor": tuple(inductor.items()), "limits": limits})
+
+
+def _check_cost(cost: object, inner: str) -> None:
+    if cost not in COST_MODELS:
+        hint = did_you_mean(str(cost), COST_MODELS)
+        raise MemplanError(f"option 'cost' is {cost!r}: it is {' or '.join(map(repr, COST_MODELS))}{hint}")
+    if cost == "fused" and inner == "eager":
+        raise MemplanError("option 'cost' is 'fused' with inner='eager', which fuses nothing: leave one of them out")
 
 
 def _tiles(given: object) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, Stopped
 from memplan.ir import Bound, Budget, Machine, Plan, Step
 from memplan.passes import policies
 from memplan.passes.bound import bound
@@ -24,6 +24,7 @@ from memplan.passes.policies import Policy, name_of
 from memplan.report import Ranking, Row
 from memplan.units import human
 
+AGAIN = 5.0  # seconds at least, for a policy that was stopped to return what it has
 BUDGETS = 6  # of a step for which none are given: from the smallest that anything fits to what save-all takes
 
 
@@ -40,14 +41,18 @@ def rank(
     """The plans of `wanted` for every step, machine and budget (bytes); without budgets, of each step's own range.
 
     host_bytes: what may be off the device. limit: seconds that a policy may take for one plan; one that takes longer is
-    stopped, and has no plan. Raises MemplanError for a policy that is not known, and a limit of 0 or less.
+    stopped and named, and has the best that it made so far: what it returns when it catches memplan.errors.Stopped, or
+    its plan for a smaller budget. Raises MemplanError for a policy that is not known, and a limit of 0 or less.
     """
     if not limit > 0:
         raise MemplanError(f"a limit of {limit:g} seconds leaves no time to plan: give a positive number, or none")
     found = [(name_of(one), policies.find(one)) for one in wanted]
     rows = list[Row]()
     for name, step in steps.items():
-        for machine in machines:
+        of, slower = dict[str, list[Row]](), list[tuple[Machine, dict[tuple[str, int], Plan]]]()
+        for machine in sorted(machines, key=lambda m: m.host_bandwidth):
+            made: dict[tuple[str, int], Plan] = {}
+            before = [plans for other, plans in slower if _differs_in_the_bus(other, machine)]
             sizes = sorted(budgets) or _range(step, machine, host_bytes)
             best: dict[str, Plan] = {}
             for size in sizes:
@@ -57,9 +62,32 @@ def rank(
                 for label, policy in found:
                     progress(f"{name} on {machine.name}: {label} inside {human(size)}")
                     plan, row = _planned(step, machine, budget, label, policy, limit)
+                    known = [plans[label, size] for plans in before if (label, size) in plans]
+                    plan, row = _no_slower(plan, row, known, machine)
                     here.append(_judged(dataclasses.replace(row, step=name), plan, least, best))
-                rows += sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
+                    if label in best:
+                        made[label, size] = best[label]
+                of.setdefault(machine.name, []).extend(
+                    sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
+                )
+            slower.append((machine, made))
+        rows += [row for machine in machines for row in of[machine.name]]
     return Ranking(tuple(rows))
+
+
+def _differs_in_the_bus(slower: Machine, machine: Machine) -> bool:
+    """Whether the machines are alike but for that, and their names."""
+    return dataclasses.replace(slower, name=machine.name, host_bandwidth=machine.host_bandwidth) == machine
+
+
+def _no_slower(plan: Plan | None, row: Row, known: Sequence[Plan], machine: Machine) -> tuple[Plan | None, Row]:
+    """The plan, or one that was made for the last slower bus: its copies end no later here."""
+    for other in known[-1:]:
+        again = evaluate(other.step, dict(other.decisions), other.budget, machine, other.inner, other.policy)
+        if plan is None or not plan.fits or again.overhead < plan.overhead:
+            note = f"the plan for {other.machine.name}" + (f"; {row.note}" if row.note else "")
+            return again, dataclasses.replace(row, note=note)
+    return plan, row
 
 
 def _range(step: Step, machine: Machine, host_bytes: int) -> list[int]:
@@ -73,15 +101,16 @@ def _range(step: Step, machine: Machine, host_bytes: int) -> list[int]:
 def _planned(
     step: Step, machine: Machine, budget: Budget, label: str, policy: Policy, limit: float
 ) -> tuple[Plan | None, Row]:
-    row = Row(step.name, machine.name, budget.bytes, label, False)
+    row = Row(step.name, machine.name, budget.bytes, label, False, cost=step.cost)
     start = time.perf_counter()
     try:
-        with _stopped_after(limit, label):
+        with _stopped_after(limit, label) as stopped:
             plan = make_plan(step, policy, budget, machine, inner="eager", fit=False)
     except MemplanError as error:
         seconds = time.perf_counter() - start
         return None, dataclasses.replace(row, seconds=seconds, note=str(error).partition("\n")[0])
-    return plan, dataclasses.replace(row, seconds=time.perf_counter() - start)
+    note = f"{stopped[0]}: its best so far" if stopped else ""
+    return plan, dataclasses.replace(row, seconds=time.perf_counter() - start, note=note)
 
 
 def _judged(row: Row, plan: Plan | None, least: Bound, best: dict[str, Plan]) -> Row:
@@ -102,21 +131,23 @@ def _judged(row: Row, plan: Plan | None, least: Bound, best: dict[str, Plan]) ->
 
 
 @contextmanager
-def _stopped_after(seconds: float, policy: str) -> Iterator[None]:
-    """Raises MemplanError in the block when it takes longer. In the main thread of a process; elsewhere nothing is
-    stopped.
+def _stopped_after(seconds: float, policy: str) -> Iterator[list[str]]:
+    """Raises Stopped in the block when it takes longer, and again after each such time; what it then says is in the
+    list. In the main thread of a process; elsewhere nothing is stopped.
     """
+    said = list[str]()
     if seconds == math.inf:
-        yield
+        yield said
         return
 
     def stop(*_: object) -> None:
-        raise MemplanError(f"policy {policy!r} took longer than {seconds:g} seconds and was stopped")
+        said.append(f"policy {policy!r} took longer than {seconds:g} seconds and was stopped")
+        raise Stopped(said[0])
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, AGAIN))
     try:
-        yield
+        yield said
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -1,4 +1,4 @@
-"""Steps, plans and timelines as JSON: {"memplan": "Plan", "schema": 3, "value": {...}}.
+"""Steps, plans, timelines and machines as JSON: {"memplan": "Plan", "schema": 3, "value": {...}}.
 
 Fields are written by name, unions by class name. What cannot be read whole is refused with a MemplanError
 that names the file; files are written to a temporary name and renamed, so none is ever half-written.
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memplan.errors import MemplanError
-from memplan.ir import Decision, Keep, Offload, Plan, Recompute, Step, Timeline
+from memplan.ir import Decision, Keep, Machine, Offload, Plan, Recompute, Step, Timeline
+from memplan.sound import unsound
 
 SCHEMA = 3  # raised when files written before can no longer be read
 
 _DECISIONS: dict[str, type] = {kind.__name__: kind for kind in (Keep, Recompute, Offload)}
 
 
-def to_json(value: Step | Plan | Timeline) -> str:
+def to_json(value: Step | Plan | Timeline | Machine) -> str:
     """The value as JSON text. Fields at their default are left out."""
     return json.dumps({"memplan": type(value).__name__, "schema": SCHEMA, "value": _encode(value)}, allow_nan=False)
 
@@ -38,7 +39,7 @@ def _encode(value: Any) -> Any:
     return value
 
 
-T = typing.TypeVar("T", Step, Plan, Timeline)
+T = typing.TypeVar("T", Step, Plan, Timeline, Machine)
 
 
 def from_json(text: str, kind: type[T], name: str = "the text") -> T:
@@ -57,13 +58,17 @@ def from_json(text: str, kind: type[T], name: str = "the text") -> T:
     if document["memplan"] != kind.__name__:
         raise MemplanError(f"{name} holds a {document['memplan']}, not a {kind.__name__}")
     try:
-        return typing.cast(T, _decode(document.get("value"), kind))
+        value = typing.cast(T, _decode(document.get("value"), kind))
     except (TypeError, ValueError, KeyError) as e:
         raise MemplanError(f"{name} is damaged: {e}") from None
+    step = value if isinstance(value, Step) else value.step if isinstance(value, Plan) else None
+    if step is not None and (wrong := unsound(step)):
+        raise MemplanError(f"{name} holds a step that cannot run: {wrong}")
+    return value
 
 
 def load(path: str | os.PathLike[str], kind: type[T]) -> T:
-    """Read a saved Step, Plan or Timeline."""
+    """Read a saved Step, Plan, Timeline or Machine."""
     try:
         text = Path(path).read_text()
     except OSError as e:
@@ -97,6 +102,11 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+@functools.cache
+def _required(kind: type) -> frozenset[str]:
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING)
+
+
 def _decode(value: Any, hint: Any) -> Any:
     if hint == Decision:
         return _decode({k: v for k, v in value.items() if k != "is"}, _DECISIONS[value["is"]])
@@ -106,6 +116,9 @@ def _decode(value: Any, hint: Any) -> Any:
         unknown = set(value) - set(_hints(hint))
         if unknown:
             raise ValueError(f"{hint.__name__} has no field {sorted(unknown)[0]!r}")
+        missing = _required(hint) - set(value)
+        if missing:
+            raise ValueError(f"{hint.__name__} lacks its field {sorted(missing)[0]!r}")
         return hint(**{name: _decode(v, _hints(hint)[name]) for name, v in value.items()})
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:

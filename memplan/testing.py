@@ -21,6 +21,8 @@ from memplan.report import Ranking
 
 HOST = 64 * 10**9
 BUDGETS = (4 * 10**9, 8 * 10**9, 16 * 10**9)
+ASKED = ("llama8b_layers_4k_v32000", "unet_256")  # a chain of layers, and skips; all recorded ones would take minutes
+RANKED = ASKED[0]
 
 
 def check_policy(policy: str | Policy, *, limit: float = 60.0) -> Ranking:
@@ -36,7 +38,7 @@ def check_policy(policy: str | Policy, *, limit: float = 60.0) -> Ranking:
     target = machine("h100")
     for step, budget in _cases():
         _decides_alike(found, name, step, budget, target)
-    every = {step.name: step for step, _ in _cases()}
+    every = {step.name: step for step, _ in _cases() if step.name.startswith(RANKED)}
     ranking = rank(every, [target], [policy], BUDGETS, host_bytes=HOST, limit=limit)
     for row in ranking.rows:
         if row.note and not row.note.startswith("the plan for"):
@@ -45,7 +47,7 @@ def check_policy(policy: str | Policy, *, limit: float = 60.0) -> Ranking:
 
 
 def _cases() -> Iterator[tuple[Step, Budget]]:
-    recorded = [steps.load(name) for name in steps.names()]
+    recorded = [steps.load(name) for name in ASKED]
     fused = [dataclasses.replace(step, name=f"{step.name}, fused", fused=True) for step in recorded]
     for step, host in (*itertools.product(recorded, (0, HOST)), *((step, HOST) for step in fused)):
         yield step, Budget(BUDGETS[1], host_bytes=host)

@@ -15,6 +15,8 @@ from scipy.signal import find_peaks
 from memplan.ir import Graph, Step
 
 PROMINENCE = 0.5  # of the width at the boundary
+PASSING = 128  # ops over which a storage is alive that passes over blocks, and has no part in where they end
+CHAIN = 4  # ops along which the width stays the same: a chain, of which every op is a block
 NEAR, WIDER = 3, 1.25  # a boundary is at most WIDER times the narrowest of the NEAR boundaries on either side
 
 
@@ -45,12 +47,16 @@ def _of_graph(step: Step, graph: Graph) -> list[Boundary]:
     count = len(graph.ops)
     width = np.zeros(count + 1)
     for t, start in made.items():
-        width[start + 1 : last[t] + 1] += step.tensors[t].bytes
+        if last[t] - start <= PASSING:
+            width[start + 1 : last[t] + 1] += step.tensors[t].bytes
     # find_peaks looks for maxima; the ends count as high ground so that the first and last minimum qualify.
     high = 2.0 * width.max() + 1.0
     padded = np.concatenate([[-high], -width[1:count], [-high]])
     found, shape = find_peaks(padded, prominence=0.0, plateau_size=1)
-    deep = [int(p) for p in found[shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)]]
+    chosen = shape["prominences"] >= PROMINENCE * np.maximum(-padded[found], 1.0)
+    deep = list[int]()
+    for p, left, right in zip(found[chosen], shape["left_edges"][chosen], shape["right_edges"][chosen], strict=True):
+        deep += range(left, right + 1) if right - left >= CHAIN else [int(p)]
     narrowest = [min(width[p] for p in deep[max(0, k - NEAR) : k + NEAR + 1]) for k in range(len(deep))]
     return [
         Boundary(p, frozenset(t for t in made if made[t] < p <= last[t] and t not in step.given))

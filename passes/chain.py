@@ -11,19 +11,18 @@ runs again is the block's own, not that of the block before.
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memplan.ir import Machine, Run, Step
+from memplan.ir import Machine, Step
 from memplan.passes.blocks import boundaries
-from memplan.passes.lifetimes import lifetimes
 from memplan.passes.policies.min_cut import corners
 from memplan.passes.schedule import needs_tangents, schedule
+from memplan.passes.totals import Ints, totals
 
 PRICES = 200  # closer than this share of save-all's bytes, prices are not told apart
 
@@ -111,7 +110,8 @@ class _Layout:
         self.step = step
         chosen = boundaries(step)[every - 1 :: every]
         self.crossing = frozenset[int]().union(*(b.storages for b in chosen))
-        self.late = set(needs_tangents(step))
+        self.late, self.saveable = np.zeros(len(step.ops), dtype=bool), step.saveable
+        self.late[step.once(needs_tangents)] = True
         spans = [(g, span) for g, span in zip(step.graphs, step.spans, strict=True) if g.phase == "forward"]
         self.ends = sorted({b.op for b in chosen} | {span.stop for _, span in spans})
         self.blocks_of = {  # unit -> its blocks
@@ -126,9 +126,14 @@ class _Layout:
         ]
         self.last = [place in {(b[0], False), (b[-1], True)} for place in self.stations for b in [self._with(place[0])]]
         self.at = {station: s for s, station in enumerate(self.stations)}
-        self.in_flight = [  # at each station, the other blocks that hold something
-            [k for k in range(len(self.ends)) if self._ahead_of(k, s)] for s in range(len(self.stations))
-        ]
+        self.ahead, self.back = (
+            np.array([self.at.get((k, forward), -1) for k in range(len(self.ends))]) for forward in (True, False)
+        )
+        # At each station, the other blocks that hold something.
+        self.in_flight = np.array(
+            [[self._ahead_of(k, s) for k in range(len(self.ends))] for s in range(len(self.stations))], dtype=np.int64
+        )
+        self.behind = {g.unit: self._behind(g.unit) for g in step.graphs if g.phase == "backward"}
 
     def _with(self, block: int) -> range:
         return next(blocks for blocks in self.blocks_of.values() if block in blocks)
@@ -144,78 +149,73 @@ class _Layout:
         """The block of an op of forward."""
         return bisect.bisect_right(self.ends, op)
 
-    def forward(self, own: Sequence[Run]) -> list[int]:
+    def forward(self, order: Ints) -> Ints:
         """The block at each run of a forward graph: ops of backward that run there belong to where they do."""
-        found, block = list[int](), 0
-        for run in own:
-            block = self.of(run.op) if run.op < len(self.step.forward.ops) else block
-            found.append(block)
-        return found
+        made = order < len(self.step.forward.ops)
+        latest = np.maximum.accumulate(np.where(made, np.arange(len(order)), -1))
+        return np.where(latest < 0, 0, np.searchsorted(self.ends, order[latest], side="right"))
 
-    def backward(self, own: Sequence[Run], unit: int) -> list[int]:
-        """The block that each run of a backward graph works for: the last that it reads from."""
-        blocks = self._own(unit)
-        return [max((k for k in self._touched(run) if k in blocks), default=blocks.start) for run in own]
-
-    def _touched(self, run: Run) -> Iterator[int]:
-        if run.op < len(self.step.forward.ops):
-            yield self.of(run.op)
-        else:
-            yield from (
-                self.made[t] for t in self.step.ops[run.op].inputs if t in self.made and t in self.step.saveable
-            )
+    def _behind(self, unit: int) -> Ints:
+        """The block that each op works for in the unit's backward: the last that it reads from."""
+        blocks, first = self._own(unit), len(self.step.forward.ops)
+        read = [
+            [self.of(i)] if i < first else [self.made[t] for t in op.inputs if t in self.made and t in self.saveable]
+            for i, op in enumerate(self.step.ops)
+        ]
+        return np.array([max((k for k in touched if k in blocks), default=blocks.start) for touched in read])
 
 
 class _Seen:
     """What every block does when the storages `saved` cross."""
 
     def __init__(self, layout: _Layout, machine: Machine, saved: frozenset[int], always: frozenset[int]) -> None:
-        step, self.layout, self.machine = layout.step, layout, machine
+        step, self.layout = layout.step, layout
+        self.seconds = step.once(_seconds, machine)
         runs = schedule(step, saved)
         self.owners: list[set[int]] = [set() for _ in layout.ends]  # of what is saved
         self.again = np.zeros(len(layout.ends))
         self.spent = np.zeros((len(layout.stations), 2))
         borrowed = (layout.crossing & saved) - always  # saved only where something runs again
-        station = list[int]()
+        for t in (saved - borrowed) & layout.made.keys():
+            self.owners[layout.made[t]].add(t)
+        station = list[Ints]()
         for graph, own in zip(step.graphs, runs, strict=True):
+            order = np.array([run.op for run in own], dtype=np.int64)
+            again = np.array([run.again for run in own], dtype=bool)
             if graph.phase == "forward":
-                station += self._forward(own, saved - borrowed)
+                station.append(self._forward(order, saved - borrowed))
             else:
-                station += self._backward(own, graph.unit, borrowed)
+                station.append(self._backward(order, again, graph.unit, borrowed))
+            np.add.at(self.spent, station[-1][~again], self.seconds[order[~again]])
         for t in borrowed.difference(*self.owners):
             self.owners[layout.made[t]].add(t)
-        for run, s in zip(itertools.chain.from_iterable(runs), station, strict=True):
-            if not run.again:
-                self.spent[s] += _seconds(step, run, machine)
         self.size = [sum(step.tensors[t].bytes for t in owned) for owned in self.owners]
-        self.most = self._most(_totals(step, runs, saved), station)
+        self.most = self._most(totals(step, runs, saved), np.concatenate(station))
 
-    def _forward(self, own: Sequence[Run], saved: frozenset[int]) -> list[int]:
-        """The station of each run; what it makes and saves is its block's."""
-        blocks = self.layout.forward(own)
-        for run, k in zip(own, blocks, strict=True):
-            self.owners[k].update(saved.intersection(self.layout.step.ops[run.op].outputs))
-        return [self.layout.at[k, True] for k in blocks]
+    def _forward(self, order: Ints, saved: frozenset[int]) -> Ints:
+        """The station of each run; what an op of backward makes here and saves is its block's."""
+        blocks = self.layout.forward(order)
+        for m in np.flatnonzero(order >= len(self.layout.step.forward.ops)).tolist():
+            self.owners[blocks[m]].update(saved.intersection(self.layout.step.ops[order[m]].outputs))
+        return self.layout.ahead[blocks]
 
-    def _backward(self, own: Sequence[Run], unit: int, borrowed: frozenset[int]) -> list[int]:
+    def _backward(self, order: Ints, again: NDArray[np.bool_], unit: int, borrowed: frozenset[int]) -> Ints:
         """The station of each run; what it borrows to run again is its block's."""
-        blocks = self.layout.backward(own, unit)
-        for run, k in zip(own, blocks, strict=True):
-            if run.op not in self.layout.late:
-                self.owners[k] |= borrowed.intersection(self.layout.step.ops[run.op].inputs)
-            if run.again:
-                self.again[k] += _seconds(self.layout.step, run, self.machine)[0]
+        blocks = self.layout.behind[unit][order]
+        for m in np.flatnonzero(~self.layout.late[order]).tolist() if borrowed else ():
+            self.owners[blocks[m]] |= borrowed.intersection(self.layout.step.ops[order[m]].inputs)
+        np.add.at(self.again, blocks[again], self.seconds[order[again], 0])
         # An op that reads from an early block before later blocks are done runs at their station: chains go one way.
-        latest = list(itertools.accumulate(reversed(blocks), max))
-        return [self.layout.at[k, False] for k in reversed(latest)]
+        latest = np.maximum.accumulate(blocks[::-1])[::-1]
+        return self.layout.back[latest]
 
-    def _most(self, totals: Sequence[int], station: Sequence[int]) -> list[int]:
+    def _most(self, totals: Ints, station: Ints) -> list[int]:
         """The most at each station beyond what other blocks hold."""
-        others = [sum(self.size[k] for k in held) for held in self.layout.in_flight]
-        most = [0] * len(others)
-        for total, s in zip(totals, station, strict=True):
-            most[s] = max(most[s], total - others[s])
-        return most
+        others = self.layout.in_flight @ np.array(self.size, dtype=np.int64)
+        most = np.zeros(len(others), dtype=np.int64)
+        np.maximum.at(most, station, totals - others[station])
+        found: list[int] = most.tolist()
+        return found
 
     def options(self, small: int) -> Iterator[Option]:
         """What each block does here."""
@@ -232,16 +232,6 @@ class _Seen:
             )
 
 
-def _seconds(step: Step, run: Run, machine: Machine) -> tuple[float, float]:
-    """Of the op itself, and of the copy that it is."""
-    op = step.ops[run.op]
-    return (0.0, machine.seconds(op)) if op.fetches else (machine.seconds(op), 0.0)
-
-
-def _totals(step: Step, runs: Sequence[Sequence[Run]], saved: Collection[int]) -> list[int]:
-    """Bytes at every moment, beyond the step's base."""
-    change = [0] * (sum(map(len, runs)) + 1)
-    for life in lifetimes(step, runs, saved):
-        change[life.start] += life.bytes
-        change[life.end] -= life.bytes
-    return list(itertools.accumulate(change[:-1]))
+def _seconds(step: Step, machine: Machine) -> NDArray[np.float64]:
+    """Of each op itself, and of the copy that it is."""
+    return np.array([(0.0, machine.seconds(op)) if op.fetches else (machine.seconds(op), 0.0) for op in step.ops])

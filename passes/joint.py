@@ -126,6 +126,7 @@ def merge(parts: Sequence[Part], held: Held) -> Merged:
         saved_by=_saved_by(steps, index),
         fused=any(s.fused for s in steps),
         notes=tuple(dict.fromkeys(note for s in steps for note in s.notes)),
+        cost=steps[0].cost,
     )
     return Merged(step, tuple(index))
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix, csr_matrix
 
+TOGETHER = 2  # of so many variables that are not whole one is made so at a time
 WHOLE = 1e-6  # what is nearer to a whole number is one
 
 Terms = Iterable[tuple[int, float]]  # (variable, coefficient)
@@ -62,6 +63,8 @@ class Program:
 
     def relaxed(self) -> Solution | None:
         """The optimum when no variable has to be whole; None: there is no solution."""
+        if not self.cost:  # nothing to choose
+            return Solution(np.zeros(0), 0.0, np.zeros(len(self.low)))
         matrix, low, high = self._matrix(), np.array(self.low), np.array(self.high)
         equal, above, below = low == high, np.isfinite(high) & (low != high), np.isfinite(low) & (low != high)
         found = linprog(
@@ -80,28 +83,37 @@ class Program:
         return Solution(found.x, float(found.fun), slopes)
 
     def dived(self) -> Solution | None:
-        """A solution with whole variables, not always the best: the relaxation, solved again while the nearest to 1 of
-        those that are not whole is made 1, or, where that has no solution, 0. The bounds stay as they were. None: none
-        was found.
+        """A solution with whole variables, not always the best: the relaxation, solved again while of those that are
+        not whole a share, the nearest to 1, are made 1, or, where that has no solution, the nearest alone, or it 0. The
+        bounds stay as they were. None: none was found.
         """
         bounds, found = (list(self.lower), list(self.upper)), self.relaxed()
         try:
-            while found is not None and (nearest := self._nearest(found)) is not None:
-                self.lower[nearest] = 1.0
-                deeper = self.relaxed()
-                if deeper is None:
-                    self.lower[nearest] = self.upper[nearest] = 0.0
-                    deeper = self.relaxed()
-                found = deeper
+            while found is not None and (nearest := self._nearest(found)):
+                found = self._deeper(nearest)
             return found
         finally:
             self.lower, self.upper = bounds
 
-    def _nearest(self, found: Solution) -> int | None:
-        """Of the variables that should be whole and are not, the largest."""
+    def _deeper(self, nearest: list[int]) -> Solution | None:
+        """With them 1; else with the first of them 1; else with that 0."""
+        for some in dict.fromkeys((tuple(nearest), (nearest[0],))):
+            before = list(self.lower)
+            for v in some:
+                self.lower[v] = 1.0
+            found = self.relaxed()
+            if found is not None:
+                return found
+            self.lower = before
+        self.upper[nearest[0]] = 0.0
+        return self.relaxed()
+
+    def _nearest(self, found: Solution) -> list[int]:
+        """Of the variables that should be whole and are not, the largest, one in `TOGETHER`; none: all are."""
         values = np.where(self.whole, found.values, 0.0)
         values[(values < WHOLE) | (values > 1 - WHOLE)] = 0.0
-        return int(np.argmax(values)) if values.any() else None
+        order: list[int] = np.argsort(-values, kind="stable")[: math.ceil(np.count_nonzero(values) / TOGETHER)].tolist()
+        return order
 
     def _matrix(self) -> csr_matrix:
         if self._built is None:

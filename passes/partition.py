@@ -15,13 +15,14 @@ from typing import Any, Literal
 from torch import fx
 from torch._guards import TracingContext
 
-from memplan.ir import Budget, Held, Machine, Plan, Step
+from memplan.ir import Budget, CostModel, Held, Machine, Plan, Step
 from memplan.passes import capture, tile, workspaces
 from memplan.passes.calls import Call, copied
 from memplan.passes.one_graph import rewrite
 from memplan.passes.phases import hoist, leading
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
+from memplan.passes.pricing import priced
 from memplan.passes.recompute import split
 from memplan.passes.tilings import NOTES, Pins, Tiling, in_slices, menu
 from memplan.passes.torch_policies import saved_sets
@@ -56,6 +57,7 @@ class Partitioner:
     tilings: list[Tiling] = field(default_factory=list, compare=False, repr=False)  # of the smallest plans
     decided: bool = False  # the policy repeats decisions made for the smallest plan's graph
     failed: Failed = field(default=nobody, compare=False, repr=False)  # hears of errors of what is compiled
+    cost: CostModel = "roofline-v1"  # prices the steps it makes
     fit: bool = True  # refuse a plan over the budget; Inductor's is judged by its generated code instead
 
     def __call__(
@@ -155,7 +157,7 @@ class Partitioner:
             sizes=self.sizes,
         )
         notes = (*self.notes, *self.held.notes, *graph.meta.get(NOTES, ()), *step.notes)
-        return dataclasses.replace(step, held=self.held, notes=notes)
+        return priced(dataclasses.replace(step, held=self.held, notes=notes), self.cost)
 
     def step(
         self,
@@ -178,7 +180,7 @@ class Partitioner:
         )
         saved = saved_sets(joint, step, num_fwd_outputs, parameters, self.policy)
         notes = (*self.notes, *self.held.notes, *joint.meta.get(NOTES, ()), *step.notes)
-        return dataclasses.replace(step, held=self.held, saved_by=saved, notes=notes)
+        return priced(dataclasses.replace(step, held=self.held, saved_by=saved, notes=notes), self.cost)
 
     def _workspaces(self, calls: Sequence[Call]) -> list[workspaces.Inside]:
         if not self.measure or self.machine.device != "cpu":

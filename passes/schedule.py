@@ -49,7 +49,7 @@ def schedule(step: Step, saved: Collection[int]) -> tuple[tuple[Run, ...], ...]:
     """The runs of each graph when the storages `saved` cross."""
     early = moved_ahead(step, saved)
     unit_of = {i: g.unit for g, span in zip(step.graphs, step.spans, strict=True) for i in span} if early else {}
-    late = needs_tangents(step)
+    late = step.once(needs_tangents)
     ran = {*range(len(step.forward.ops)), *early}
     available = {*step.given, *saved, *step.backward.inputs}
     out = []
@@ -67,27 +67,34 @@ def _backward_order(
     step: Step, own: Iterable[int], outputs: Iterable[int], available: set[int], ran: Collection[int]
 ) -> list[Run]:
     """The ops `own`, each behind the ops that make what it reads and is not `available`, which grows."""
-    runs: list[Run] = []
+    runs, alone, ops = list[Run](), step.once(_alone), step.ops
+    lacking = set(step.saveable - available)  # all else is there by now
 
     def make(storages: Iterable[int]) -> None:
-        missing = [t for t in storages if t not in available]
-        if missing:
-            for i in closure(step, missing, available):
-                runs.append(Run(i, again=i in ran))
-                available.update(step.ops[i].outputs)
+        for i in closure(step, [t for t in storages if t not in available], available):
+            runs.append(Run(i, again=i in ran))
+            available.update(ops[i].outputs)
+            lacking.difference_update(ops[i].outputs)
 
     for i in own:
-        make(step.ops[i].inputs)
-        runs.append(Run(i))
-        available.update(step.ops[i].outputs)
+        op = ops[i]
+        if not lacking.isdisjoint(op.inputs):
+            make(op.inputs)
+        runs.append(alone[i])
+        available.update(op.outputs)
     make(sorted(outputs))
     return runs
+
+
+def _alone(step: Step) -> list[Run]:
+    """Of each op, its first run."""
+    return [Run(i) for i in range(len(step.ops))]
 
 
 def _forward_order(step: Step, span: range, early: list[int]) -> list[Run]:
     """A graph's ops in program order, each early backward op right after the last of its inputs."""
     if not early:
-        return [Run(i) for i in span]
+        return step.once(_alone)[span.start : span.stop]
     runs: list[Run] = []
     there = set(step.given).difference(*(step.ops[i].outputs for i in span))
     missing = {e: {t for t in step.ops[e].inputs if t not in there} for e in early}

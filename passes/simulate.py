@@ -6,7 +6,6 @@ run beside it, one for each direction, each copy after the other: what waits for
 of the device's memory bandwidth. `peak` is the same arithmetic without the names, for policies that ask often.
 """
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from memplan.ir import Block, Held, Kind, Machine, Moment, Offload, Run, Step, T
 from memplan.passes import copies
 from memplan.passes.lifetimes import Life, lifetimes
 from memplan.passes.schedule import schedule
+from memplan.passes.totals import totals
 
 NONE: Mapping[int, Offload] = {}
 
@@ -138,11 +138,8 @@ def _crosses(moments: Sequence[Moment], life: Life) -> bool:
 def peak(step: Step, saved: Collection[int], offloads: Mapping[int, Offload] = NONE) -> int:
     """The peak in bytes, base included, when the storages `saved` cross, `offloads` among them off the device."""
     runs = schedule(step, saved)
-    change = [0] * (sum(map(len, runs)) + 1)
-    for life in lifetimes(step, runs, saved, copies.moments(step, runs, offloads) if offloads else ()):
-        change[life.start] += life.bytes
-        change[life.end] -= life.bytes
-    return step.base_bytes + max(itertools.accumulate(change[:-1]), default=0)
+    found = totals(step, runs, saved, copies.moments(step, runs, offloads) if offloads else ())
+    return step.base_bytes + int(found.max(initial=0))
 
 
 def seconds(step: Step, runs: Collection[Run], machine: Machine) -> float:

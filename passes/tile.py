@@ -92,29 +92,49 @@ def tile_all(
     take_apart(graph)
     outcomes = []
     for found in candidates(graph, forward_of)[: 1 if widest else None]:
-        seed = next((n for n in _read_by_products(graph, forward_of(graph)) if n.name == found.seed), None)
         rows = rows_of(found)
-        if seed is None or rows is None:  # it went with another region, or nobody wants it
+        if rows is None:  # nobody wants it
+            continue
+        seed = next((n for n in _read_by_products(graph, forward_of(graph)) if n.name == found.seed), None)
+        if seed is None:  # it went with another region
             continue
         if not rows:
             outcomes.append(Outcome(found, rows, reason=f"its {found.rows} rows are too few for slices"))
             continue
         try:
-            outcomes.append(Outcome(found, rows, way=tile(graph, seed, forward_of, rows, inner)))
+            outcomes.append(Outcome(found, rows, way=_tile(graph, seed, forward_of, rows, inner)))
         except NotTiled as e:
             outcomes.append(Outcome(found, rows, reason=str(e)))
+    graph.graph.lint()
+    graph.recompile()
     return outcomes
 
 
 def candidates(graph: fx.GraphModule, forward_of: ForwardOf) -> list[Candidate]:
-    """What products read whose results are wider. That of the widest comes first."""
-    found = []
-    for seed, made in _read_by_products(graph, forward_of(graph)).items():
+    """What products read whose results are wider. That of the widest comes first, of equals those of which backward
+    reads something wide: what another model's head hands to it, as a reference does, is then one of its inputs.
+    """
+    found, forward = list[tuple[bool, Candidate]](), forward_of(graph)
+    for seed, made in _read_by_products(graph, forward).items():
         place = next(filter(None, map(source_line, made)), seed.name)
         size = sum(elements(n) * tensors(n.meta["val"])[0].element_size() for n in made)
         rows_there = elements(made[0]) / max(1, int(shape(made[0])[-1]))
-        found.append(Candidate(seed.name, place, layer(made[0]), int(rows_there), int(size)))
-    return sorted(found, key=lambda c: -c.bytes)
+        alone = not any(_read_wide(n, forward) for n in made)
+        found.append((alone, Candidate(seed.name, place, layer(made[0]), int(rows_there), int(size))))
+    return [c for _, c in sorted(found, key=lambda f: (-f[1].bytes, f[0]))]
+
+
+def _read_wide(product: fx.Node, forward: set[fx.Node]) -> bool:
+    """Whether backward reads the product, or what forward makes of it that is no narrower."""
+    stack, seen = [product], {product}
+    while stack:
+        for user in stack.pop().users:
+            if user not in forward:
+                return True
+            if user not in seen and shape(user) and elements(user) >= elements(product):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _read_by_products(graph: fx.GraphModule, forward: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -134,6 +154,14 @@ def tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int,
     """Tile the region of `seed`, [sequences, tokens, width], in slices of `rows` rows at most. Returns the way: how its
     backward gets what forward computed. Raises NotTiled, with the graph as it was.
     """
+    way = _tile(graph, seed, forward_of, rows, inner)
+    graph.graph.lint()
+    graph.recompile()
+    return way
+
+
+def _tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int, inner: str) -> str:
+    """The same; the graph's code is as it was."""
     sizes = shape_of(seed.meta["val"])
     forward = forward_of(graph)
     region = grow(seed, ((Axis(AXES[0], sizes[0]),), (Axis(AXES[1], sizes[1]),), (sizes[2],)))
@@ -149,8 +177,6 @@ def tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int,
         _replace(graph.graph, loop, body, (rows, inner), now)
     graph.graph = _sort(graph.graph)
     drop_dead_code(graph.graph)
-    graph.graph.lint()
-    graph.recompile()
     return way
 
 

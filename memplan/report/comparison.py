@@ -36,7 +36,8 @@ class Comparison:
     """Peaks in bytes, and what makes the difference. `only_a`: blocks alive at a's peak but not at b's, largest first.
 
     `worst`: the place of the largest difference; None: nothing is the same. `moved`: blocks that two plans decide about
-    differently, as a and as b has them, largest first.
+    differently, as a and as b has them, largest first. `seconds_a`, `seconds_b`: up to the last moment; a recording has
+    made its step slower.
     Blocks are matched by name and bytes within one origin, and by bytes alone between a prediction and a
     measurement, whose allocator knows no names.
     """
@@ -51,6 +52,8 @@ class Comparison:
     moved: tuple[tuple[Block, Block], ...]
     only_a: tuple[Block, ...]
     only_b: tuple[Block, ...]
+    seconds_a: float = 0.0
+    seconds_b: float = 0.0
 
     @property
     def difference(self) -> int:
@@ -66,7 +69,13 @@ class Comparison:
             f"{'at the peak':<16}{'a':>10}  {'b':>10}  {'b - a':>11}",
         ]
         lines += [f"{kind:<16}{human(x):>10}  {human(y):>10}  {_signed(y - x):>11}" for kind, x, y in self.kinds]
-        return "\n".join([*lines, *self._worst(), *self._moved(), *self._only()])
+        return "\n".join([*lines, *self._times(), *self._worst(), *self._moved(), *self._only()])
+
+    def _times(self) -> Iterator[str]:
+        a, b = self.seconds_a, self.seconds_b
+        if a and b:
+            shown = [f"{1e3 * s:.4g} ms" for s in (a, b)]
+            yield f"{'time':<16}{shown[0]:>10}  {shown[1]:>10}  {100 * (b / a - 1):>+9.1f} %"
 
     def _worst(self) -> Iterator[str]:
         place = self.worst
@@ -123,6 +132,8 @@ def compare(a: Plan | Timeline, b: Plan | Timeline) -> Comparison:
         moved=_moved(x, y, key) if named else (),
         only_a=_without(x.alive(), y.alive(), key),
         only_b=_without(y.alive(), x.alive(), key),
+        seconds_a=x.seconds,
+        seconds_b=y.seconds,
     )
 
 

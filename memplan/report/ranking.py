@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Row:
     """One plan. `peak`, `away`: bytes on the device and on the host, at most. `overhead`: fraction of the step's time
     with nothing recomputed. `gap`: the same, by which no other plan can be faster. `seconds`: it took to plan.
-    `note`: why there is no plan, or whose it is.
+    `note`: why there is no plan, or whose it is. `cost`: the model that times are by.
     """
 
     step: str
@@ -43,6 +43,7 @@ class Row:
     gap: float = math.inf
     seconds: float = 0.0
     note: str = ""
+    cost: str = "roofline-v1"
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def table(rows: Sequence[Row]) -> str:
     """One line per plan, in groups of a step, a machine and a budget."""
     lines, group = list[str](), None
     for row in rows:
-        if group != (row.step, row.machine, row.budget):
-            group = (row.step, row.machine, row.budget)
-            lines += ["", f"{row.step} on {row.machine}, budget {human(row.budget)}"]
+        if group != (row.step, row.machine, row.budget, row.cost):
+            group = (row.step, row.machine, row.budget, row.cost)
+            lines += ["", f"{row.step} on {row.machine}, budget {human(row.budget)}, times by {row.cost}"]
             lines.append(f"  {'policy':24}{'peak':>10}{'host':>10}{'overhead':>10}{'gap':>8}{'planned in':>12}")
         lines.append(_line(row) + (f"  {row.note}" if row.note else ""))
     return "\n".join(lines).strip("\n")

@@ -18,6 +18,7 @@ WIDTH = 120
 NAME, SOURCE = 14, 24  # characters of an op or a layer, and of a source, for which a table has room
 REASON = 22  # and of a reason
 LARGEST = 5  # blocks named at the peak
+CLASS = "gap: to plans of the same order of ops, each run again once at most, storages kept, copied or recomputed whole"
 
 _SHORT = {
     "float64": "f64",
@@ -33,7 +34,10 @@ _SHORT = {
 
 
 def table(plan: Plan) -> str:
-    """The decisions, equal layers folded, then the peak, the budget, the notes, and whether it fits."""
+    """The decisions, equal layers folded, then the peak, the budget, the notes, and whether it fits.
+
+    Times are estimates, by the cost model that the last line names.
+    """
     return "\n".join([_decisions(plan), *_peak(plan.timeline), _budget(plan), *_notes(plan), _verdict(plan)])
 
 
@@ -169,13 +173,24 @@ def _budget(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    """What more memory could be worth, and where it is short."""
-    if plan.bound is None or not plan.bound.at:
+    """What more memory and a faster bus could be worth, what is short, and among which plans the gap is meant."""
+    bound = plan.bound
+    if bound is None:
         return ""
-    unit = max(plan.budget.bytes // 10, 1)
-    saves = f"{human(unit)} more could save {1e3 * unit * plan.bound.per_byte:.3g} ms (estimate)"
-    op = next(op for op in plan.step.ops if op.name == plan.bound.at)
-    return f"\n{saves}; memory is shortest at {op.name}" + (f", {op.source}" if op.source else "")
+    lines = [CLASS]
+    if bound.at:
+        unit = max(plan.budget.bytes // 10, 1)
+        memory, bus = unit * bound.per_byte, bound.per_bus / 10
+        op = next(op for op in plan.step.ops if op.name == bound.at)
+        where = f"memory is shortest at {op.name}" + (f", {op.source}" if op.source else "")
+        lines = [f"{human(unit)} more could save {1e3 * memory:.3g} ms (estimate); {where}", *lines]
+        if bus > 0:
+            binds = ": the bus binds" if bus > memory else ""
+            lines.insert(1, f"a bus 10 % faster could save {1e3 * bus:.3g} ms (estimate){binds}")
+        if bound.needs >= unit:
+            less = f"slices (option tiles) could save up to {1e3 * bound.needs * bound.per_byte:.3g} ms (estimate)"
+            lines.insert(1, f"what runs there takes {human(bound.needs)} in any plan: {less}")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -188,5 +203,6 @@ def _verdict(plan: Plan) -> str:
     fits = f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {human(spare)} to spare"
     short = f"does not fit: peak {human(plan.peak)} of {human(plan.budget.available)}, short by {human(-spare)}"
     time = f"{100 * plan.overhead:+.1f} % time".replace("-0.0", "+0.0")
-    time += f", gap {100 * plan.gap:.1f} (estimate)" if plan.gap is not None else " (estimate)"
-    return f"{fits if plan.fits else short}; {time}; policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"
+    time += f", gap {100 * plan.gap:.1f}" if plan.gap is not None else ""
+    by = f"policy {plan.policy} on {plan.machine.name}, inner {plan.inner}"
+    return f"{fits if plan.fits else short}; {time} ({plan.step.cost}); {by}"

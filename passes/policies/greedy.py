@@ -24,7 +24,7 @@ from memplan.passes.policies.offload import SMALL, away, decided, in_time, oldes
 from memplan.passes.schedule import closure, moved_ahead, needs_tangents, saved_by, schedule
 from memplan.passes.simulate import NONE, copying, peak
 
-STRIDES = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks per segment; beyond: no boundary at all
+STRIDES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)  # blocks per segment; beyond: no boundary at all
 MOVED = 24  # points, evenly spread over the bytes that cross, that are tried with some of these off the device
 BACKLOGS = (0.0, 1 / 32, 1 / 8)  # of these bytes, which may wait for a copy: what waits longer stays
 SHARES, IN_FLIGHT = (0.5, 1.0), (0, 1)  # or so much leaves, the device waiting for it: less memory, and more time
@@ -50,7 +50,7 @@ class Greedy:
     name: str = "greedy"
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
-        points = path(step, machine, self.points)
+        points = step.once(path, machine, self.points)
         if budget.host_bytes:
             points = sorted([*points, *moved(step, points, budget, machine, self.small)], key=in_order)
         best = choose(step, points, budget.available)
@@ -123,7 +123,7 @@ def least_beside_others(step: Step, machine: Machine) -> frozenset[int]:
     """The set of the path with the least sum of its peak and what it carries from forward to backward: what other
     graphs of a larger step have to run beside.
     """
-    points = sorted(path(step, machine, Greedy().points), key=lambda p: p.crossing)
+    points = sorted(step.once(path, machine, Greedy().points), key=lambda p: p.crossing)
     best: tuple[int, frozenset[int]] | None = None
     for point in points:
         if best is not None and step.base_bytes + 2 * point.crossing >= best[0]:  # a peak is at least what is carried
@@ -137,7 +137,7 @@ def least_beside_others(step: Step, machine: Machine) -> frozenset[int]:
 def path(step: Step, machine: Machine, points: int) -> list[Point]:
     """Sets of storages to save, from the fastest to the slowest."""
     seconds = [machine.seconds(op) for op in step.ops]
-    roots = {t for i in needs_tangents(step) for t in step.ops[i].inputs} | set(step.backward.outputs)
+    roots = {t for i in step.once(needs_tangents) for t in step.ops[i].inputs} | set(step.backward.outputs)
     measured = (_measure(step, seconds, roots, saved) for saved in dict.fromkeys(_sets(step, machine, points)))
     return sorted((point for point in measured if point), key=in_order)
 

@@ -76,7 +76,7 @@ def test_a_step_under_a_limit(inner: str, phase: str, tmp_path: Path) -> None:
     assert error.rstrip().endswith(" bytes. Error code 12 (Cannot allocate memory)") and "DefaultCPUAllocator" in error
     assert re.match(r": asked for (67.11|33.55) MB where ", note) and f"in {phase}" in note.splitlines()[1]
     plan = Plan.load(tmp_path / "plan.oom.json")
-    assert f"planned peak {human(plan.peak)} at " in note and "budget 4.000 GB, policy greedy" in note
+    assert f"planned peak {human(plan.peak)} at " in note and "budget 4.000 GB, policy optimal" in note
     assert note.rstrip().endswith(f"the plan's timeline: {tmp_path / 'plan.oom.json'}")
     assert "out of memory" in plan.timeline.title and f"{oom.PLANNED}: asked for " in plan.timeline.notes[-1]
     free = float(note.split("where ")[1].split(" MB was free")[0])

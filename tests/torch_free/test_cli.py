@@ -62,11 +62,12 @@ def test_plan(script: str, calls: Calls, plan: Plan, tmp_path: Path, capsys: pyt
         "batch": 3,
         "budget": "24GB",
         "machine": machine("rtx4090"),
-        "policy": "greedy",
+        "policy": "optimal",
         "inner": "inductor",
         "optimizer": "adamw",
         "tiles": 256,
         "host_budget": None,
+        "cost": None,
     }
     assert Plan.load(out) == plan
 

@@ -15,6 +15,7 @@ from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import policy
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import peak, simulate
+from memplan.passes.totals import totals
 from tests.torch_free.conftest import SIZE, make_step
 from tests.torch_free.random_steps import LAYOUTS, MACHINE, any_steps, steps_and_saved
 
@@ -72,6 +73,9 @@ def test_peak_is_the_timelines(fused: bool, layout: str) -> None:
     def agree(case: tuple[Step, frozenset[int]], in_flight: int | None) -> None:
         plan = offloaded(case[0], in_flight=in_flight)
         assert peak(plan.step, plan.saved, plan.offloads) == plan.peak
+        moved = copies.moments(plan.step, plan.runs, plan.offloads)
+        found = totals(plan.step, plan.runs, plan.saved, moved) + plan.step.base_bytes
+        assert found.tolist() == list(plan.timeline.totals)
 
     agree()
 

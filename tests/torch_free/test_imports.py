@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "groups": {"ir"},
     "units": {"errors"},
     "memory": set[str](),
-    "serialize": {"errors", "ir"},
-    "machines": {"errors", "ir"},
+    "serialize": {"errors", "ir", "sound"},
+    "sound": {"ir"},
+    "machines": {"errors", "ir", "serialize"},
     "steps": DATA,
     "report": DATA,
     "options": {"errors", "ir", "memory", "units", "machines"},
@@ -40,8 +41,9 @@ MAY_IMPORT = {
     "grpo": {"", "errors"},
     "ranking": BELOW_API,
     "here": {"ir", "machines"},
+    "calibrate": DATA | {"here", "machines", "runtime"},
     "demo": BELOW_API | {"", "api", "backend", "grpo", "steps"},
-    "cli": BELOW_API | {"", "api", "backend", "demo", "grpo", "ranking", "steps"},
+    "cli": BELOW_API | {"", "api", "backend", "calibrate", "demo", "grpo", "ranking", "steps"},
     "__main__": {"cli"},
 }
 # The data's own methods save, load and print it: imported when called, so that ir stays the lowest room.
@@ -56,6 +58,7 @@ TORCH_FREE = (
     "memplan.units",
     "memplan.memory",
     "memplan.serialize",
+    "memplan.sound",
     "memplan.options",
     "memplan.cli",
     "memplan.machines*",
@@ -78,6 +81,7 @@ TORCH_FREE = (
     "memplan.passes.joint",
     "memplan.passes.gaps",
     "memplan.passes.reasons",
+    "memplan.passes.pricing",
     "memplan.runtime",
 )
 

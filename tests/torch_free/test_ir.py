@@ -97,6 +97,7 @@ MACHINE = every(
     flops=some(st.tuples(st.text(), REAL)),
     contention=REAL,
     workspace_rules=some(st.tuples(st.text(), REAL)),
+    attention=some(st.tuples(st.text(), REAL)),
 )
 TIER = st.sampled_from(("host", "disk"))
 PLAN = every(
@@ -115,7 +116,7 @@ PLAN = every(
 
 
 @settings(deadline=None, max_examples=60)
-@given(STEP | PLAN | TIMELINE)
+@given(STEP | PLAN | TIMELINE | MACHINE)
 def test_json_round_trip(value: Any) -> None:
     assert from_json(to_json(value), type(value)) == value
 

@@ -148,6 +148,12 @@ def test_options_are_frozen_and_hashable() -> None:
     )
 
 
+def test_ops_are_priced_as_they_are_run() -> None:
+    assert Options.read({}, {}).cost_model == "fused"
+    assert Options.read({"inner": "eager"}, {}).cost_model == "roofline-v1"
+    assert Options.read({"cost": "roofline-v1"}, {}).cost_model == "roofline-v1"
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -171,6 +177,9 @@ def test_options_are_frozen_and_hashable() -> None:
         ({"policy": 3}, "'policy' is 3"),
         ({"machine": "rtx409"}, "did you mean 'rtx4090'"),
         ({"inner": "aot_eager"}, "'inductor' or 'eager'"),
+        ({"cost": "fuse"}, "option 'cost' is 'fuse'.*did you mean 'fused'"),
+        ({"cost": 1}, "option 'cost' is 1: it is 'roofline-v1' or 'fused'"),
+        ({"cost": "fused", "inner": "eager"}, "which fuses nothing"),
         ({"inductor": "max_autotune"}, "give a dict"),
         ({"inner": "eager", "inductor": {"max_autotune": True}}, "no effect"),
         ({"inductor": {"joint_custom_post_pass": print}}, "where memplan plans"),

@@ -36,6 +36,14 @@ def asleep(step: Step, budget: Budget, machine: Machine) -> Decisions:
     return {}
 
 
+@policy("fickle")
+def fickle(step: Step, budget: Budget, machine: Machine) -> Decisions:
+    """With a fast bus it does worse than with a slow one."""
+    if machine.host_bandwidth > 1.5e9:
+        return dict.fromkeys(step.read_in_backward, Recompute())
+    return Greedy(small=0)(step, budget, machine)
+
+
 def deep() -> Step:
     """A step whose peak is activations: its gradients have no bytes."""
     step = make_step(12)
@@ -61,6 +69,17 @@ def test_every_row_is_a_plan_that_the_pipeline_makes(ranking: Ranking) -> None:
             inner="eager",
         )
         assert (row.peak, row.overhead) == (made.peak, made.overhead)
+
+
+def test_overheads_never_rise_with_the_bus() -> None:
+    buses = [dataclasses.replace(BUS, name=f"{gb} GB/s", host_bandwidth=gb * 1e9) for gb in (4, 1, 2)]
+    other = dataclasses.replace(BUS, name="slow", bandwidth=BUS.bandwidth / 2, host_bandwidth=1e8)
+    rows = rank({"toy": deep()}, [*buses, other], [fickle], [deep().base_bytes + 8 * SIZE], host_bytes=10**9).rows
+    assert [row.machine for row in rows] == ["4 GB/s", "1 GB/s", "2 GB/s", "slow"] and all(row.fits for row in rows)
+    fast, slow, middle, alone = rows
+    assert fast.overhead <= middle.overhead <= slow.overhead
+    assert (slow.note, alone.note) == ("", "")
+    assert middle.note == "the plan for 1 GB/s" and fast.note.startswith("the plan for ")
 
 
 def test_overheads_never_rise_and_the_planner_leads(ranking: Ranking) -> None:

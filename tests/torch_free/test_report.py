@@ -76,7 +76,7 @@ def test_verdict(plan: Plan) -> None:
     last = str(plan).splitlines()[-1]
     spare = human(plan.budget.available - plan.peak)
     assert last.startswith(f"fits: peak {human(plan.peak)} of {human(plan.budget.available)}, {spare} to spare")
-    assert last.endswith("+5.0 % time (estimate); policy by_hand on toy, inner eager")
+    assert last.endswith("+5.0 % time (roofline-v1); policy by_hand on toy, inner eager")
     short = dataclasses.replace(plan, budget=Budget(plan.peak - 1000))
     assert "does not fit" in str(short).splitlines()[-1]
     assert "short by 1.000 KB" in str(short).splitlines()[-1]
@@ -144,6 +144,17 @@ def test_compare_is_antisymmetric(plan_of: Callable[..., Plan]) -> None:
     assert [block.name for block in there.only_a] == ["grad_3"]
     assert sum(y - x for _, x, y in there.kinds) == there.difference
     assert "grad_3" in str(there)
+
+
+def test_compare_shows_both_times(timeline: Timeline) -> None:
+    moments = tuple(dataclasses.replace(m, seconds=1.25 * m.seconds) for m in timeline.moments)
+    found = report.compare(timeline, dataclasses.replace(timeline, origin="measured", moments=moments))
+    assert (found.seconds_a, found.seconds_b) == (timeline.seconds, 1.25 * timeline.seconds)
+    (line,) = [line for line in str(found).splitlines() if line.startswith("time ")]
+    assert line.split()[-2:] == ["+25.0", "%"] and f"{1e3 * timeline.seconds:.4g} ms" in line
+    assert json.loads(found.to_json())["seconds_b"] == found.seconds_b
+    untimed = dataclasses.replace(timeline, moments=tuple(dataclasses.replace(m, seconds=0.0) for m in moments))
+    assert "time " not in str(report.compare(untimed, timeline))
 
 
 def test_a_measurement_has_other_names(timeline: Timeline) -> None:

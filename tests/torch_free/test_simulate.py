@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memplan import steps
 from memplan.errors import MemplanError
@@ -12,6 +13,7 @@ from memplan.passes.pipeline import evaluate
 from memplan.passes.policies.torch_saved import recorded
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import peak, simulate
+from memplan.passes.totals import totals
 from tests.torch_free.random_steps import LAYOUTS, MACHINE, steps_and_saved
 
 RECORDED = "llama8b_layers_4k_v32000"
@@ -75,6 +77,18 @@ def test_peak_is_the_timelines(fused: bool, layout: str) -> None:
         assert peak(step, saved) == simulate(step, schedule(step, saved), saved, MACHINE).peak
 
     check()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(sorted(LAYOUTS)).flatmap(lambda layout: steps_and_saved(layout=layout)), st.integers(1, 3))
+def test_fetches_are_there_as_long_as_lifetimes_say(case: tuple[Step, frozenset[int]], every: int) -> None:
+    graphs = (
+        dataclasses.replace(g, ops=tuple(dataclasses.replace(op, fetches=k % every == 0) for k, op in enumerate(g.ops)))
+        for g in case[0].graphs
+    )
+    step, saved = dataclasses.replace(case[0], graphs=tuple(graphs)), case[1]
+    runs = schedule(step, saved)
+    assert (totals(step, runs, saved) + step.base_bytes).tolist() == list(simulate(step, runs, saved, MACHINE).totals)
 
 
 @settings(deadline=None, max_examples=60)
