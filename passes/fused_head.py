@@ -60,7 +60,9 @@ class _Writer:
         *_, self.hidden, turned = found.product.args  # type: ignore[misc]
         self.weight = self._weight(turned)  # type: ignore[has-type]
         self.bias = found.product.args[0] if name(found.product.target) == "addmm" else None
-        self.entropy = any(k == "entropy" for k, _ in found.found.values()) or any(g.of == "entropy" for g in found.grads)
+        self.entropy = any(k == "entropy" for k, _ in found.found.values()) or any(
+            g.of == "entropy" for g in found.grads
+        )
         self.sizes = [self._size(seed, d) for d in (0, 1)]
         self.window, self.of_labels = self._window()
         self.form = (1.0, found.form.logit_scale, found.form.cap, self.hidden.meta["val"].dtype)
@@ -157,7 +159,9 @@ class _Writer:
             if any(len(dim) > 1 for dim in layout):
                 rows = self._call(aten.clone.default, rows, memory_format=torch.contiguous_format)
         separate = sum(has_rows(dim) for dim in layout) > 1
-        shape = [1 if not has_rows(dim) else self.sizes[0] if separate and dim[0].name == AXES[0] else -1 for dim in layout]
+        shape = [
+            1 if not has_rows(dim) else self.sizes[0] if separate and dim[0].name == AXES[0] else -1 for dim in layout
+        ]
         rows = self._call(aten.view.default, rows, shape)
         rows = self._call(aten.neg.default, rows) if sign < 0 else rows
         return self._cast(rows, node.meta["val"].dtype)

@@ -6,6 +6,7 @@ same labels if they are made of the same node, and agree for tokens and for all 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, fx
 
 from memplan.passes.bodies import VIEWS
 from memplan.passes.calls import name
-from memplan.passes.same_values import constant
 
+Known = Mapping[fx.Node, Tensor]
 _SHAPES = (*VIEWS, "unsqueeze", "squeeze", "clone", "alias", "detach")  # they leave values as they are
 _VALUES = ("where", "eq", "ne", "ge", "lt", "clamp", "clamp_min", "_to_copy", "convert_element_type", "masked_fill")
 
@@ -28,46 +29,51 @@ class Labels:
     base: fx.Node
 
     @staticmethod
-    def of(node: fx.Node) -> Labels:
-        """The labels that a node holds."""
-        leaves = set(_leaves(node))
+    def of(node: fx.Node, known: Known) -> Labels:
+        """The labels that a node holds; `known`: constants of the graph."""
+        leaves = {n for n in _made_of(node, known) if not _inside(n)}
         return Labels(node, leaves.pop() if len(leaves) == 1 else node)
 
     def read_by(self, target: Any) -> bool:
         """Whether such an op reads them."""
         return any(user.target is target for user in self.node.users)
 
-    def same(self, other: Labels) -> bool:
+    def same(self, other: Labels, known: Known) -> bool:
         """Whether both hold the same labels."""
         if self.node is other.node:
             return True
         if self.base is not other.base:
             return False
-        numbers = sorted({*range(5), *_numbers(self.node), *_numbers(other.node)})
-        tokens = torch.tensor([n + d for n in numbers for d in (-1, 0, 1)])
-        return torch.equal(_value(self.node, self.base, tokens), _value(other.node, self.base, tokens))
+        numbers = {*range(5), *_numbers(self.node, known), *_numbers(other.node, known)}
+        tokens = torch.tensor([n + d for n in sorted(numbers) for d in (-1, 0, 1)])
+        mine, others = (_value(labels.node, {**known, self.base: tokens}) for labels in (self, other))
+        return torch.equal(mine, others)
 
 
-def _leaves(node: fx.Node) -> list[fx.Node]:
-    if constant(node) is not None:
-        return []
-    inside = node.op == "call_function" and name(node.target) in (*_SHAPES, *_VALUES)
-    return [leaf for n in node.all_input_nodes for leaf in _leaves(n)] if inside else [node]
+def _inside(node: fx.Node) -> bool:
+    return node.op == "call_function" and name(node.target) in (*_SHAPES, *_VALUES)
 
 
-def _numbers(node: fx.Node) -> list[int]:
-    inside = node.op == "call_function" and name(node.target) in (*_SHAPES, *_VALUES)
-    own = [a for a in node.args if isinstance(a, int)] if name(node.target) in _VALUES else []
-    return own + [k for n in node.all_input_nodes for k in _numbers(n)] if inside else []
+def _made_of(node: fx.Node, known: Known) -> set[fx.Node]:
+    """The node, and what it follows from, value by value, to where that ends."""
+    seen, stack = set[fx.Node](), [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen and n not in known:
+            seen.add(n)
+            stack += n.all_input_nodes if _inside(n) else []
+    return seen
 
 
-def _value(node: fx.Node, base: fx.Node, tokens: Tensor) -> Tensor:
-    if node is base:
-        return tokens
-    known = constant(node)
-    if known is not None:
-        return known
-    args: Any = [_value(a, base, tokens) if isinstance(a, fx.Node) else a for a in node.args]
+def _numbers(node: fx.Node, known: Known) -> list[int]:
+    compared = [n for n in _made_of(node, known) if name(n.target) in _VALUES]
+    return [a for n in compared for a in n.args if isinstance(a, int)]
+
+
+def _value(node: fx.Node, known: Known) -> Tensor:
+    if node in known:
+        return known[node]
+    args: Any = [_value(a, known) if isinstance(a, fx.Node) else a for a in node.args]
     if name(node.target) in _SHAPES:
         return args[0]  # type: ignore[no-any-return]
     target: Any = node.target

@@ -1,7 +1,7 @@
 """What a part of a graph makes of given values: it is run in float64, for a few rows of random numbers.
 
-In: nodes that keep rows apart, with their region, and values for what they read from outside: [R, ...], R rows of one
-sequence. Out: values [R, ...] of those that are asked for. Two parts that agree on random numbers are equal, if their
+In: nodes that keep rows apart, with their region, and values for what they read from outside: constants, and [R, 1] or
+[R, V] for R rows of one sequence. Out: values [R, ...] of those that are asked for. Two parts that agree on random numbers are equal, if their
 ops are analytic: what must hold is that `tame` says so of none that is not. The only places where a tame op branches
 are labels, infinities, and the sign of a number that is one of a row.
 """
@@ -35,8 +35,10 @@ ANALYTIC = frozenset([
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
-def tame(node: fx.Node, wide: Collection[fx.Node]) -> bool:
-    """Whether random numbers show all that the op does. `wide`: nodes that have more than one number for each row."""
+def tame(node: fx.Node, wide: Collection[fx.Node], known: Mapping[fx.Node, Tensor]) -> bool:
+    """Whether random numbers show all that the op does. `wide`: nodes that have more than one number for each row;
+    `known`: constants.
+    """
     op, scalars = name(node.target), [a for a in node.args if isinstance(a, (int, float))]
     if getattr(node.target, "namespace", "") not in ("aten", "prims"):
         return False
@@ -45,37 +47,35 @@ def tame(node: fx.Node, wide: Collection[fx.Node]) -> bool:
     if op in ("eq", "ne"):  # of tokens with labels; of numbers, it is never so by chance
         return True
     if op == "ge":
-        known = [constant(n) for n in node.all_input_nodes]
-        return wide.isdisjoint(node.all_input_nodes) and all(c is None or bool((c == 0).all()) for c in known)
+        given = [known[n] for n in node.all_input_nodes if n in known]
+        return wide.isdisjoint(node.all_input_nodes) and all(bool((c == 0).all()) for c in given)
     return op in ANALYTIC
 
 
-def constant(node: fx.Node) -> Tensor | None:
-    """The value of what depends on nothing: one number, or as many as there are."""
-    op = name(node.target)
+def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    """What depends on nothing: one number wherever it is, or the first integers."""
+    found = dict[fx.Node, Tensor]()
+    for node in graph.nodes:
+        if node.op == "call_function" and (value := _constant(node, found)) is not None:
+            found[node] = value.double() if value.dtype.is_floating_point else value
+    return found
+
+
+def _constant(node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Tensor | None:
+    op, inputs = name(node.target), node.all_input_nodes
     if op in FILLS:
-        value: Any = node.args[op == "full"] if op in ("full", "scalar_tensor") else float(op == "ones")
-        return None if isinstance(value, fx.Node) else _double(torch.tensor(value, dtype=node.meta["val"].dtype))
+        value: Any = node.args[op == "full"] if op in ("full", "scalar_tensor") else op == "ones"
+        return None if isinstance(value, fx.Node) else torch.tensor(value, dtype=node.meta["val"].dtype)
     if op in COUNTS and all(isinstance(a, int) for a in node.args):
-        options = {"start": 0, "step": 1} | dict(node.kwargs) if op == "iota" else {"start": 0, "step": 1}
-        return options["start"] + torch.arange(*node.args) * options["step"]  # type: ignore[arg-type]
-    if node.op != "call_function" or not node.all_input_nodes:
-        return None
-    known = {n: constant(n) for n in node.all_input_nodes}
-    if any(value is None for value in known.values()):
+        first = {"start": 0, "step": 1} | (dict(node.kwargs) if op == "iota" else {})
+        return first["start"] + torch.arange(*node.args) * first["step"]  # type: ignore[no-any-return, arg-type]
+    if not inputs or not all(n in known for n in inputs):
         return None
     if op in ("view", "unsqueeze", "squeeze", "expand", "clone", "detach", "alias"):
-        return known[node.all_input_nodes[0]]
+        return known[inputs[0]]
     target: Any = node.target
-    return _double(target(*fx.map_arg(node.args, known.get), **node.kwargs)) if _pointwise(target) else None
-
-
-def _pointwise(target: Any) -> bool:
-    return torch.Tag.pointwise in getattr(target, "tags", ())
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.double() if value.dtype.is_floating_point else value
+    one_each = all(known[n].numel() == 1 for n in inputs) and torch.Tag.pointwise in getattr(target, "tags", ())
+    return target(*fx.map_arg(node.args, known.get), **node.kwargs) if one_each else None  # type: ignore[no-any-return]
 
 
 def computed(
@@ -88,20 +88,20 @@ def computed(
     inputs = []
     for node, dims in zip(body.inputs, text["inputs"], strict=True):
         shape = [math.prod(f if isinstance(f, int) else counts[f[0]] for f in dim) for dim in dims]
-        value = given[node] if node in given else constant(node)
-        assert value is not None, node
-        inputs.append(_shaped(value, shape, of_rows=node in given))
+        inputs.append(_shaped(given[node], shape))
     try:
         return [v.reshape(ROWS, -1) for v in tiled.runner(json.dumps(text))(counts, inputs)]
     except (RuntimeError, ValueError, IndexError) as e:
         raise NotTiled(f"it does not run on a few rows: {str(e).splitlines()[0]}") from e
 
 
-def _shaped(value: Tensor, shape: Sequence[int], *, of_rows: bool) -> Tensor:
+def _shaped(value: Tensor, shape: Sequence[int]) -> Tensor:
     """A value as its readers want it: one for all, or for all columns, or for all rows; or as it is."""
-    if value.numel() == 1 or value.numel() == math.prod(shape):
-        return value.expand(shape) if value.numel() == 1 else value.reshape(shape)
-    return value.reshape(ROWS, 1).expand(ROWS, math.prod(shape) // ROWS).reshape(shape) if of_rows else value.expand(shape)
+    if value.numel() == math.prod(shape):
+        return value.reshape(shape)
+    if value.shape == (ROWS, 1):
+        return value.expand(ROWS, math.prod(shape) // ROWS).reshape(shape)
+    return value.expand(shape)
 
 
 def _in_float64(value: Any) -> Any:
@@ -116,4 +116,3 @@ def _in_float64(value: Any) -> Any:
             return [target, [of, dim, False], more]
         return [_in_float64(v) for v in value]
     return value
-

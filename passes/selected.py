@@ -17,15 +17,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.passes.absorb import Loop, elements
-from memplan.passes.bodies import AXES, VIEWS, NotTiled
-from memplan.passes.calls import ancestors, name
+from memplan.passes.bodies import VIEWS, NotTiled
+from memplan.passes.calls import descendants, name
 from memplan.passes.capture import source_line
 from memplan.passes.labels import Labels
-from memplan.passes.layouts import Axis, has_rows, shape_of
+from memplan.passes.layouts import has_rows, shape_of
 from memplan.passes.row_locality import Region
-from memplan.passes.same_values import ROWS, computed, constant, tame
+from memplan.passes.same_values import ROWS, computed, constants, tame
 
 TURNS = ("t", "permute", "transpose")
 CASTS = ("_to_copy", "convert_element_type", "clone", "detach", "alias")
@@ -91,7 +92,8 @@ def selected(seed: fx.Node, region: Region, loops: Sequence[Loop], forward: Coll
     """What linear_logprob computes of the region of `seed`, [sequences, tokens, width]. Raises NotFused."""
     product = _product(seed, region, loops[0])
     try:
-        return _Matcher(product, region, forward).match()
+        with _disable_current_modes(), torch.enable_grad():  # on numbers, while fake ones are traced
+            return _Matcher(product, region, forward).match()
     except NotTiled as e:
         raise NotFused(str(e)) from e
 
@@ -114,6 +116,7 @@ class _Matcher:
     def __init__(self, product: fx.Node, region: Region, forward: Collection[fx.Node]) -> None:
         self.product, self.region, self.forward = product, region, forward
         self.order = list(product.graph.nodes)
+        self.constants = constants(product.graph)
         self.wide = {n for n in region.keeps if elements(n) >= elements(product) / 2}
         self.labels: list[Labels] = []
         self.made: dict[fx.Node, bool] = {product: True}  # whether it follows from logits and labels alone
@@ -127,7 +130,8 @@ class _Matcher:
     def match(self) -> Selected:
         within = [n for n in self.order if n in self.forward and n in self.region.keeps and n is not self.product]
         part = [n for n in within if self._follows(n)]
-        rows = [n for n in part if self._one_per_row(n) and self.product in ancestors([n])]
+        after = descendants([self.product])
+        rows = [n for n in part if self._one_per_row(n) and n in after]
         reason = NotFused(self._no_logprob(within, part), head=False)
         if not rows or not self.labels:
             raise reason
@@ -158,8 +162,8 @@ class _Matcher:
             self.made[node] = (
                 node.op == "call_function"
                 and node in self.region.keeps
-                and tame(node, self.wide)
-                and all(constant(n) is not None or self._follows(n) or self._label(n) for n in node.all_input_nodes)
+                and tame(node, self.wide, self.constants)
+                and all(n in self.constants or self._follows(n) or self._label(n) for n in node.all_input_nodes)
             )
         return self.made[node]
 
@@ -170,8 +174,8 @@ class _Matcher:
             return False
         if elements(node) >= elements(self.product) / 2:
             return False
-        mine = Labels.of(node)
-        if self.labels and not self.labels[0].same(mine):
+        mine = Labels.of(node, self.constants)
+        if self.labels and not self.labels[0].same(mine, self.constants):
             return False
         if all(mine.node is not other.node for other in self.labels):
             self.labels.append(mine)
@@ -182,7 +186,7 @@ class _Matcher:
         return value.dtype.is_floating_point and all(has_rows(dim) or not dim for dim in self.region.keeps[node])
 
     def _given(self) -> dict[fx.Node, Tensor]:
-        return {self.product: self.raw} | {labels.node: self.tokens for labels in self.labels}
+        return self.constants | {self.product: self.raw} | {labels.node: self.tokens[:, None] for labels in self.labels}
 
     def _forms(self, part: Sequence[fx.Node]) -> list[Form]:
         """How logits may follow from the product; the farthest comes last."""
@@ -220,9 +224,7 @@ class _Matcher:
         grads = self._grads(sources.pop(), reached, form)
         return Selected(self.product, self.labels[0], form, found, grads, kinds)
 
-    def _reached(
-        self, part: Collection[fx.Node], found: Collection[fx.Node]
-    ) -> tuple[set[fx.Node], list[fx.Node]]:
+    def _reached(self, part: Collection[fx.Node], found: Collection[fx.Node]) -> tuple[set[fx.Node], list[fx.Node]]:
         """What reads logits without asking for what was found, and the products and sums where that ends."""
         reached, ends = {self.product}, list[fx.Node]()
         for node in self.order:
@@ -232,7 +234,9 @@ class _Matcher:
             if node not in self.forward and node.op != "output" and sums:
                 ends.append(node)
             elif node.op == "output" or (node in self.forward and node not in part):
-                raise NotFused(f"its logits are also read by {name(node.target)} at {source_line(node) or 'the output'}")
+                raise NotFused(
+                    f"its logits are also read by {name(node.target)} at {source_line(node) or 'the output'}"
+                )
             else:
                 reached.add(node)
         return reached, ends
@@ -289,7 +293,7 @@ class _Matcher:
         """What it is the gradient of, if it is so alone, with zeros for all else that comes back."""
         given = self._given()
         for n, seen_as in cut.items():
-            given |= dict.fromkeys(seen_as, self.grad if n is node else torch.zeros_like(self.grad))
+            given |= dict.fromkeys(seen_as, (self.grad if n is node else torch.zeros_like(self.grad))[:, None])
         (value,) = computed(needed, [source], self.region, given)
         signed = ((what, sign) for what in right for sign in (1, -1))
         return next((Grad(node, *kind) for kind in signed if _close(value, kind[1] * right[kind[0]])), None)
@@ -305,13 +309,13 @@ class _Matcher:
         """Whether it follows from labels, logits, and numbers of rows, which become the cut, with the views of them that
         are read; `needed`: what lies in between.
         """
-        if node in needed or node is self.product or constant(node) is not None or self._label(node):
+        if node in needed or node is self.product or node in self.constants or self._label(node):
             return True
         row = _stripped(node, (*VIEWS, "expand", "unsqueeze", "squeeze"))
         if row not in passed and row not in reached and self._number_of_row(row):
             cut.setdefault(row, set()).add(node)
             return True
-        if node.op != "call_function" or node not in self.region.keeps or not tame(node, self.wide):
+        if node.op != "call_function" or node not in self.region.keeps or not tame(node, self.wide, self.constants):
             return False
         needed.add(node)
         return all(self._leads(n, reached, passed, cut, needed) for n in node.all_input_nodes)

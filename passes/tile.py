@@ -103,7 +103,7 @@ def tile_all(
     """
     take_apart(graph)
     outcomes = []
-    for found in candidates(graph, forward_of)[: 1 if widest else None]:
+    for k, found in enumerate(candidates(graph, forward_of)[: 1 if widest else None]):
         seed = next((n for n in _read_by_products(graph, forward_of(graph)) if n.name == found.seed), None)
         rows, way, unfused = rows_of(found), way_of(found), ""
         if seed is None:  # it went with another region
@@ -113,7 +113,8 @@ def tile_all(
                 outcomes.append(Outcome(found, 0, way=fuse_head(graph, seed, forward_of, way)))
                 continue
             except (NotFused, NotTiled) as e:
-                unfused = str(e)
+                looks_like_it = k == 0 or (isinstance(e, NotFused) and e.head)
+                unfused = str(e) if looks_like_it or rows is None else ""
         if rows is not None:
             outcomes.append(_in_rows(graph, seed, forward_of, found, rows, inner, unfused))
         elif unfused:
