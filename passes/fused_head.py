@@ -57,8 +57,9 @@ class _Writer:
     def __init__(self, graph: fx.Graph, seed: fx.Node, region: Region, found: Selected, way: str) -> None:
         self.graph, self.region, self.found = graph, region, found
         self.like = found.product.meta  # of what forward is now; of backward it is that of the gradients' nodes
-        *_, self.hidden, turned = found.product.args  # type: ignore[misc]
-        self.weight = self._weight(turned)  # type: ignore[has-type]
+        operands: Any = found.product.args
+        self.hidden: fx.Node = operands[-2]
+        self.weight = self._weight(operands[-1])
         self.bias = found.product.args[0] if name(found.product.target) == "addmm" else None
         self.entropy = any(k == "entropy" for k, _ in found.found.values()) or any(
             g.of == "entropy" for g in found.grads

@@ -17,7 +17,7 @@ from memplan.passes.bodies import VIEWS
 from memplan.passes.calls import name
 
 Known = Mapping[fx.Node, Tensor]
-_SHAPES = (*VIEWS, "unsqueeze", "squeeze", "clone", "alias", "detach")  # they leave values as they are
+_SHAPES = (*VIEWS, "expand", "unsqueeze", "squeeze", "clone", "alias", "detach")  # they leave values as they are
 _VALUES = ("where", "eq", "ne", "ge", "lt", "clamp", "clamp_min", "_to_copy", "convert_element_type", "masked_fill")
 
 
@@ -46,7 +46,7 @@ class Labels:
             return False
         numbers = {*range(5), *_numbers(self.node, known), *_numbers(other.node, known)}
         tokens = torch.tensor([n + d for n in sorted(numbers) for d in (-1, 0, 1)])
-        mine, others = (_value(labels.node, {**known, self.base: tokens}) for labels in (self, other))
+        mine, others = (value_of(labels.node, {**known, self.base: tokens}) for labels in (self, other))
         return torch.equal(mine, others)
 
 
@@ -70,10 +70,11 @@ def _numbers(node: fx.Node, known: Known) -> list[int]:
     return [a for n in compared for a in n.args if isinstance(a, int)]
 
 
-def _value(node: fx.Node, known: Known) -> Tensor:
+def value_of(node: fx.Node, known: Known) -> Tensor:
+    """The value of a node that follows from what is known, value by value, whatever its shape."""
     if node in known:
         return known[node]
-    args: Any = [_value(a, known) if isinstance(a, fx.Node) else a for a in node.args]
+    args: Any = [value_of(a, known) if isinstance(a, fx.Node) else a for a in node.args]
     if name(node.target) in _SHAPES:
         return args[0]  # type: ignore[no-any-return]
     target: Any = node.target

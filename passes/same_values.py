@@ -1,16 +1,16 @@
 """What a part of a graph makes of given values: it is run in float64, for a few rows of random numbers.
 
 In: nodes that keep rows apart, with their region, and values for what they read from outside: constants, and [R, 1] or
-[R, V] for R rows of one sequence. Out: values [R, ...] of those that are asked for. Two parts that agree on random numbers are equal, if their
-ops are analytic: what must hold is that `tame` says so of none that is not. The only places where a tame op branches
-are labels, infinities, and the sign of a number that is one of a row.
+[R, V] for R rows of one sequence. Out: values [R, ...] of those that are asked for. Two parts that agree on random
+numbers are equal if their ops are analytic, and what must hold is that `tame` says so of none that is not. The only
+places where a tame op branches are labels, infinities, and the sign of a number that is one of a row.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ ANALYTIC = frozenset([
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
-def tame(node: fx.Node, wide: Collection[fx.Node], known: Mapping[fx.Node, Tensor]) -> bool:
+def tame(node: fx.Node, wide: Set[fx.Node], known: Mapping[fx.Node, Tensor]) -> bool:
     """Whether random numbers show all that the op does. `wide`: nodes that have more than one number for each row;
     `known`: constants.
     """
@@ -67,15 +67,17 @@ def _constant(node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Tensor | None:
         value: Any = node.args[op == "full"] if op in ("full", "scalar_tensor") else op == "ones"
         return None if isinstance(value, fx.Node) else torch.tensor(value, dtype=node.meta["val"].dtype)
     if op in COUNTS and all(isinstance(a, int) for a in node.args):
-        first = {"start": 0, "step": 1} | (dict(node.kwargs) if op == "iota" else {})
-        return first["start"] + torch.arange(*node.args) * first["step"]  # type: ignore[no-any-return, arg-type]
+        first: Any = {"start": 0, "step": 1} | (dict(node.kwargs) if op == "iota" else {})
+        integers: Any = node.args
+        counted: Tensor = torch.arange(*integers) * first["step"] + first["start"]
+        return counted
     if not inputs or not all(n in known for n in inputs):
         return None
     if op in ("view", "unsqueeze", "squeeze", "expand", "clone", "detach", "alias"):
         return known[inputs[0]]
     target: Any = node.target
     one_each = all(known[n].numel() == 1 for n in inputs) and torch.Tag.pointwise in getattr(target, "tags", ())
-    return target(*fx.map_arg(node.args, known.get), **node.kwargs) if one_each else None  # type: ignore[no-any-return]
+    return target(*fx.map_arg(node.args, known.get), **node.kwargs) if one_each else None
 
 
 def computed(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,15 +22,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan.passes.absorb import Loop, elements
 from memplan.passes.bodies import VIEWS, NotTiled
-from memplan.passes.calls import descendants, name
+from memplan.passes.calls import descendants, name, tensors
 from memplan.passes.capture import source_line
-from memplan.passes.labels import Labels
+from memplan.passes.labels import Labels, value_of
 from memplan.passes.layouts import has_rows, shape_of
 from memplan.passes.row_locality import Region
 from memplan.passes.same_values import ROWS, computed, constants, tame
 
 TURNS = ("t", "permute", "transpose")
 CASTS = ("_to_copy", "convert_element_type", "clone", "detach", "alias")
+SAME = (*VIEWS, "expand", "unsqueeze", "squeeze")
 CLOSE = 1e-9
 
 
@@ -106,7 +108,8 @@ def _product(seed: fx.Node, region: Region, ahead: Loop) -> fx.Node:
     sequences, tokens, _ = region.keeps[seed]
     if product.kwargs or region.keeps[product][0] != (*sequences, *tokens) or product.args[-1] in region.keeps:
         raise NotFused("its product is not of all rows with a weight")
-    vocabulary, width = (shape_of(product.args[-1].meta["val"])[d] for d in (1, 0))  # type: ignore[union-attr]
+    weight: Any = product.args[-1]
+    width, vocabulary = shape_of(weight.meta["val"])
     if not (vocabulary.is_Integer and width.is_Integer) or vocabulary == width:
         raise NotFused("its weight is square, or of a size that varies")
     return product
@@ -163,7 +166,7 @@ class _Matcher:
                 node.op == "call_function"
                 and node in self.region.keeps
                 and tame(node, self.wide, self.constants)
-                and all(n in self.constants or self._follows(n) or self._label(n) for n in node.all_input_nodes)
+                and all(n in self.constants or self._follows(n) or self._label(n) for n in _given(node))
             )
         return self.made[node]
 
@@ -250,8 +253,9 @@ class _Matcher:
 
     def _end(self, end: fx.Node) -> str:
         """What it is the gradient of."""
-        hidden, weight = (_stripped(n, (*VIEWS, *TURNS)) for n in self.product.args[-2:])  # type: ignore[arg-type]
-        vocabulary, width = self.product.meta["val"].shape[1], self.product.args[-1].meta["val"].shape[0]  # type: ignore[union-attr]
+        operands: Any = self.product.args
+        hidden, weight = (_stripped(n, (*VIEWS, *TURNS)) for n in operands[-2:])
+        vocabulary, width = self.product.meta["val"].shape[1], operands[-1].meta["val"].shape[0]
         shape = list(end.meta["val"].shape)
         if name(end.target) == "mm":
             others = [_stripped(n, (*VIEWS, *TURNS)) for n in end.args if n is not self._operand(end)]  # type: ignore[arg-type]
@@ -293,7 +297,8 @@ class _Matcher:
         """What it is the gradient of, if it is so alone, with zeros for all else that comes back."""
         given = self._given()
         for n, seen_as in cut.items():
-            given |= dict.fromkeys(seen_as, (self.grad if n is node else torch.zeros_like(self.grad))[:, None])
+            rows = (self.grad if n is node else torch.zeros_like(self.grad))[:, None]
+            given |= {view: value_of(view, {**self.constants, n: rows}) for view in seen_as}
         (value,) = computed(needed, [source], self.region, given)
         signed = ((what, sign) for what in right for sign in (1, -1))
         return next((Grad(node, *kind) for kind in signed if _close(value, kind[1] * right[kind[0]])), None)
@@ -306,19 +311,27 @@ class _Matcher:
         cut: dict[fx.Node, set[fx.Node]],
         needed: set[fx.Node],
     ) -> bool:
-        """Whether it follows from labels, logits, and numbers of rows, which become the cut, with the views of them that
-        are read; `needed`: what lies in between.
+        """Whether it follows from labels, logits, and numbers of rows, which become the cut, with what is read of them;
+        `needed`: what lies in between.
         """
         if node in needed or node is self.product or node in self.constants or self._label(node):
             return True
-        row = _stripped(node, (*VIEWS, "expand", "unsqueeze", "squeeze"))
-        if row not in passed and row not in reached and self._number_of_row(row):
+        row: fx.Node | None = _stripped(node, SAME)
+        while row is not None and row in passed and row not in self.region.keeps:
+            row = self._made_of_one(row)
+        if row is not None and row not in passed and row not in reached and self._number_of_row(row):
             cut.setdefault(row, set()).add(node)
             return True
         if node.op != "call_function" or node not in self.region.keeps or not tame(node, self.wide, self.constants):
             return False
         needed.add(node)
-        return all(self._leads(n, reached, passed, cut, needed) for n in node.all_input_nodes)
+        return all(self._leads(n, reached, passed, cut, needed) for n in _given(node))
+
+    def _made_of_one(self, node: fx.Node) -> fx.Node | None:
+        """What a pointwise node follows from, besides constants."""
+        others = [n for n in _given(node) if n not in self.constants]
+        alone = len(others) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
+        return _stripped(others[0], SAME) if alone and tame(node, self.wide, self.constants) else None
 
     def _number_of_row(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
@@ -338,6 +351,11 @@ def _formulas(z: Tensor, tokens: Tensor) -> dict[str, Tensor]:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * (1 + b.abs().max()))
+
+
+def _given(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node reads; sizes are known from where rows are."""
+    return [n for n in node.all_input_nodes if tensors(n.meta.get("val"))]
 
 
 def _stripped(node: fx.Node, ops: Collection[str]) -> fx.Node:

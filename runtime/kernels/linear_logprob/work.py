@@ -35,7 +35,7 @@ class Work:
 
     @property
     def is_backward(self) -> bool:
-        return self.target is torch.ops.memplan.linear_logprob_backward.default  # type: ignore[no-any-return]
+        return self.target is torch.ops.memplan.linear_logprob_backward.default
 
     @property
     def flops(self) -> int:
@@ -57,7 +57,7 @@ class Work:
             args = [_cut(a, (tokens, vocabulary), few) for a in self.args]
             with Tally([a for a in args if isinstance(a, torch.Tensor)]) as tally:
                 made = (ops.backward if self.is_backward else ops.forward)(*args)
-            inside = tally.peak - sum(t.untyped_storage().nbytes() for t in made)
+            inside: int = tally.peak - sum(t.untyped_storage().nbytes() for t in made)
         return inside + self._sums(tokens, vocabulary) - self._sums(*few)
 
     def _sums(self, tokens: int, vocabulary: int) -> int:
