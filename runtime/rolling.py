@@ -3,19 +3,23 @@
 In: a device. Out: the Recording since the last start. It starts anew after a backward, where SECONDS have passed; a
 loop that never calls backward is recorded as a whole. It gives way to whoever else needs the profiler (recordings,
 plans that are being made, Dynamo), and is back after the next backward.
-What must hold: a profile is stopped only in the thread that started it, and not inside of a backward.
+What must hold: a profile is stopped only in the thread that started it, and not inside of a backward; and it is not
+started inside of Dynamo, whose frames torch's profiler cannot follow (torch 2.13, Python 3.11: the heap is corrupted).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
+from torch._dynamo import convert_frame
 from torch._dynamo.callback import callback_handler
 
 from memplan.errors import MemplanError
@@ -67,8 +71,25 @@ class Rolling:
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         """While this is open, the turns happen."""
-        with _after_backward(self.turn), _around_compiling(self.give_way, self.turn):
+        with _after_backward(self.turn), _around_compiling(self.give_way, self._turn_when_called):
             yield
+
+    def _turn_when_called(self, _: Any = None) -> None:
+        """Turn where Python first calls something outside of Dynamo: what it has just compiled, as a rule."""
+        if threading.get_ident() == self.thread and sys.getprofile() is None:
+            sys.setprofile(self._called)
+
+    def _called(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and not _in_dynamo(frame):
+            sys.setprofile(None)  # the profiler takes its place
+            self.turn()
+
+
+def _in_dynamo(frame: FrameType | None) -> bool:
+    """Whether Dynamo, which compiles the frames that it calls about, is among the callers."""
+    while frame is not None and frame.f_code.co_filename != convert_frame.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import convert_frame
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 
 import memplan
 from memplan import oom
@@ -173,7 +177,14 @@ def test_recording_starts_anew_after_backward(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
-def test_what_is_compiled_inside_is_seen_from_its_first_run(tmp_path: Path) -> None:
+def test_what_is_compiled_inside_is_seen_from_its_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callers = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        callers.append([frame.filename for frame in traceback.extract_stack()])
+        return recorder.record(*args, **kwargs)
+
+    monkeypatch.setattr(rolling, "record", record)
     torch._dynamo.reset()
     weight = torch.ones(100, 1000, requires_grad=True)
     step = torch.compile(lambda x: (x * 2).sin().sum(), backend="aot_eager")
@@ -183,6 +194,19 @@ def test_what_is_compiled_inside_is_seen_from_its_first_run(tmp_path: Path) -> N
     blocks = Timeline.load(tmp_path / "oom.json").blocks
     assert {"aten::mul", "aten::sin"} <= {b.name for b in blocks if b.bytes >= 400_000}
     assert len(blocks) < 50  # and nothing of the compiler's
+    assert any("test_oom.py" in b.source for b in blocks)
+    assert len(callers) == 2  # torch's profiler with Python's calls, started inside of Dynamo, corrupts the heap:
+    assert not any(file == convert_frame.__file__ for files in callers for file in files)
+    assert sys.getprofile() is None
+
+
+def test_nothing_is_left_where_nothing_ran_after_compiling(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    with memplan.on_oom(tmp_path / "oom.json"):
+        callback_handler.run_start_callbacks(CallbackArgs(CallbackTrigger.DYNAMO, "0"))
+        callback_handler.run_end_callbacks(CallbackArgs(CallbackTrigger.DYNAMO, "0"))
+    assert sys.getprofile() is None
+    assert not torch._C._autograd._profiler_enabled()
 
 
 def test_it_gives_way_to_other_recordings(tmp_path: Path) -> None:
