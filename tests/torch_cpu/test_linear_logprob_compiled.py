@@ -142,22 +142,3 @@ def test_log_probs_alone_take_a_tile(sizes: tuple[int, int, int]) -> None:
     hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
     labels = torch.randint(0, vocabulary, (tokens,))
     assert peak(lambda: linear_logprob(hidden, weight, labels), MIB // 4 + 64) <= MIB // 2
-
-
-@pytest.mark.parametrize("entropy", [False, True])
-def test_a_frozen_head_has_its_gradient_where_its_vectors_were(entropy: bool, sizes: tuple[int, int, int]) -> None:
-    """And a second backward, which must be announced, finds them as they were."""
-    tokens, width, vocabulary = sizes
-    hidden, weight = torch.randn(tokens, 8 * width, requires_grad=True), torch.randn(vocabulary, 8 * width)
-    labels, mask = torch.randint(0, vocabulary, (tokens,)), torch.arange(tokens) % 3 > 0
-
-    def loss() -> Any:
-        out: Any = linear_logprob(hidden, weight, labels, mask=mask, entropy=entropy)  # type: ignore[call-overload]
-        return sum((o**2).sum() for o in (out if entropy else (out,)))
-
-    kept = loss()
-    twice = [torch.autograd.grad(kept, hidden, retain_graph=True)[0] for _ in range(2)]
-    once = torch.autograd.grad(loss(), hidden)[0]
-    assert torch.equal(*twice) and torch.allclose(once, twice[0])
-    most = hidden.nbytes * (1 + entropy) + (2 + entropy) * MIB // 2
-    assert peak(lambda: torch.autograd.grad(loss(), hidden), hidden.nbytes) <= most

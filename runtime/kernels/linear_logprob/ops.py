@@ -200,27 +200,13 @@ def _backward(ctx: Any, logprob_grad: Tensor | None, entropy_grad: Tensor | None
             assert entropy_grad is not None
             logprob_grad = torch.zeros_like(entropy_grad)
         if ctx.way == "vectors":
-            found[0] = _scaled(ctx, logprob_grad, entropy_grad)
+            mask, logprob_vector, entropy_vector = ctx.saved_tensors
+            found[0] = scale_vectors(logprob_grad, entropy_grad, logprob_vector, entropy_vector, mask, ctx.dtype)
         else:
             needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
             made = linear_logprob_backward(logprob_grad, entropy_grad, *ctx.saved_tensors, *ctx.form, ctx.way, needs)
             found = [x if need else None for x, need in zip(made, needs, strict=True)]
     return (found[0], found[1], None, found[2], *[None] * 8)
-
-
-def _scaled(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor | None) -> Tensor:
-    """The gradient of hidden, from vectors: in their place, if it has their dtype and no second backward is to come."""
-    mask, logprob_vector, entropy_vector = ctx.saved_tensors
-    again = torch._C._autograd._get_current_graph_task_keep_graph()
-    traced = type(logprob_vector) is not Tensor
-    if again or traced or logprob_vector.dtype != ctx.dtype:
-        made: Tensor = scale_vectors(logprob_grad, entropy_grad, logprob_vector, entropy_vector, mask, ctx.dtype)
-        return made
-    grads = [None if g is None else g if mask is None else g.where(mask, 0) for g in (logprob_grad, entropy_grad)]
-    logprob_vector.mul_(grads[0].unsqueeze(1))  # type: ignore[union-attr]
-    if grads[1] is not None:
-        logprob_vector.addcmul_(entropy_vector, grads[1].unsqueeze(1))
-    return logprob_vector  # type: ignore[no-any-return]
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup)

@@ -19,7 +19,7 @@ from memplan.runtime.kernels.linear_logprob.rows import Rows
 from memplan.runtime.tally import Tally
 
 TILES = 2  # of each kind, after which nothing new is allocated
-WIDTH = 64  # what is done with each logit takes as long as this many columns more would: measured on a CPU
+WIDTH = 48  # what is done with each logit takes as long as this many columns more would: measured on a CPU at D=512
 PASSES = 4  # over a tile's logits, reading and writing
 
 
