@@ -25,7 +25,7 @@ from memplan.errors import DoesNotFit, MemplanError, did_you_mean
 from memplan.ir import Machine, Plan, Step, Timeline
 from memplan.machines import machine, machines
 from memplan.options import Options
-from memplan.passes.policies import builtin
+from memplan.passes.policies import FunctionPolicy, builtin
 from memplan.units import parse_bytes
 
 FORMATS = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
@@ -135,7 +135,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         found = rank(
             chosen,
             targets,
-            _listed(arguments.policies),
+            [_named_in(one) if ".py" in one else one for one in _listed(arguments.policies)],
             [parse_bytes(size) for size in _listed(arguments.budgets)],
             host_bytes=parse_bytes(arguments.host_budget) if arguments.host_budget else 0,
             limit=arguments.limit,
@@ -249,7 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     command = add(compare)
     command.add_argument("a", metavar="A", nargs="?", help=SAVED)
     command.add_argument("b", metavar="B", nargs="?", help="another one; differences are b - a")
-    command.add_argument("--policies", metavar="NAMES", help=f"in place of files, rank these: {', '.join(builtin())}")
+    command.add_argument(
+        "--policies",
+        metavar="NAMES",
+        help=f"in place of files, rank these, or yours by FILE.py:policy: {', '.join(builtin())}",
+    )
     command.add_argument(
         "--steps",
         metavar="NAMES",
@@ -350,8 +354,8 @@ def _number(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _make_step(target: str) -> tuple[Any, Any]:
-    """Import the file as `python FILE.py` would, and call its function."""
+def _named_in(target: str) -> Any:
+    """Import the file of FILE.py:NAME as `python FILE.py` would, and find what can be called by that name in it."""
     name, _, function = target.rpartition(":")
     path = Path(name)
     if not (name and function):
@@ -364,11 +368,18 @@ def _make_step(target: str) -> tuple[Any, Any]:
     sys.path.insert(0, str(path.parent.resolve()))
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
-    make = getattr(module, function, None)
-    if not callable(make):
-        functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == spec.name]
+    found = getattr(module, function, None)
+    if not callable(found):
+        made = {n: f.function if isinstance(f, FunctionPolicy) else f for n, f in vars(module).items()}
+        functions = [n for n, f in made.items() if inspect.isfunction(f) and f.__module__ == spec.name]
         known = f"it has {', '.join(functions) or 'none'}{did_you_mean(function, functions)}"
         raise MemplanError(f"{name!r} has no function {function!r}: {known}")
+    return found
+
+
+def _make_step(target: str) -> tuple[Any, Any]:
+    """What the function that is named returns."""
+    make = _named_in(target)
     try:
         inspect.signature(make).bind()
     except TypeError as e:

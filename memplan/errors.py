@@ -24,6 +24,10 @@ class DoesNotFit(MemplanError):
         self.budget, self.needed, self.smallest = budget, needed, smallest
 
 
+class Stopped(MemplanError):
+    """A policy took longer than it may. One that catches this and returns what it has by then keeps its best so far."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the closest known word, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

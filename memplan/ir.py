@@ -545,12 +545,15 @@ class Bound:
 
     `seconds`: the step takes at least so long inside the budget; infinite: nothing fits.
     `per_byte`: seconds that a byte more of budget takes off that, at the margin. `at`: the op where memory binds most;
-    empty: nowhere.
+    empty: nowhere. `needs`: bytes that are there then whatever is decided, beyond parameters and inputs.
+    `per_bus`: seconds that a faster bus takes off, at the margin: a hundredth of it for each percent.
     """
 
     seconds: float
     per_byte: float = 0.0
     at: str = ""
+    needs: int = 0
+    per_bus: float = 0.0
 
 
 @dataclass(frozen=True)

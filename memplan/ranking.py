@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, Stopped
 from memplan.ir import Bound, Budget, Machine, Plan, Step
 from memplan.passes import policies
 from memplan.passes.bound import bound
@@ -24,6 +24,7 @@ from memplan.passes.policies import Policy, name_of
 from memplan.report import Ranking, Row
 from memplan.units import human
 
+AGAIN = 5.0  # seconds at least, for a policy that was stopped to return what it has
 BUDGETS = 6  # of a step for which none are given: from the smallest that anything fits to what save-all takes
 
 
@@ -40,7 +41,8 @@ def rank(
     """The plans of `wanted` for every step, machine and budget (bytes); without budgets, of each step's own range.
 
     host_bytes: what may be off the device. limit: seconds that a policy may take for one plan; one that takes longer is
-    stopped, and has no plan. Raises MemplanError for a policy that is not known, and a limit of 0 or less.
+    stopped and named, and has the best that it made so far: what it returns when it catches memplan.errors.Stopped, or
+    its plan for a smaller budget. Raises MemplanError for a policy that is not known, and a limit of 0 or less.
     """
     if not limit > 0:
         raise MemplanError(f"a limit of {limit:g} seconds leaves no time to plan: give a positive number, or none")
@@ -76,12 +78,13 @@ def _planned(
     row = Row(step.name, machine.name, budget.bytes, label, False)
     start = time.perf_counter()
     try:
-        with _stopped_after(limit, label):
+        with _stopped_after(limit, label) as stopped:
             plan = make_plan(step, policy, budget, machine, inner="eager", fit=False)
     except MemplanError as error:
         seconds = time.perf_counter() - start
         return None, dataclasses.replace(row, seconds=seconds, note=str(error).partition("\n")[0])
-    return plan, dataclasses.replace(row, seconds=time.perf_counter() - start)
+    note = f"{stopped[0]}: its best so far" if stopped else ""
+    return plan, dataclasses.replace(row, seconds=time.perf_counter() - start, note=note)
 
 
 def _judged(row: Row, plan: Plan | None, least: Bound, best: dict[str, Plan]) -> Row:
@@ -102,21 +105,23 @@ def _judged(row: Row, plan: Plan | None, least: Bound, best: dict[str, Plan]) ->
 
 
 @contextmanager
-def _stopped_after(seconds: float, policy: str) -> Iterator[None]:
-    """Raises MemplanError in the block when it takes longer. In the main thread of a process; elsewhere nothing is
-    stopped.
+def _stopped_after(seconds: float, policy: str) -> Iterator[list[str]]:
+    """Raises Stopped in the block when it takes longer, and again after each such time; what it then says is in the
+    list. In the main thread of a process; elsewhere nothing is stopped.
     """
+    said = list[str]()
     if seconds == math.inf:
-        yield
+        yield said
         return
 
     def stop(*_: object) -> None:
-        raise MemplanError(f"policy {policy!r} took longer than {seconds:g} seconds and was stopped")
+        said.append(f"policy {policy!r} took longer than {seconds:g} seconds and was stopped")
+        raise Stopped(said[0])
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, AGAIN))
     try:
-        yield
+        yield said
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from memplan.errors import MemplanError
 from memplan.ir import Decision, Keep, Offload, Plan, Recompute, Step, Timeline
+from memplan.sound import unsound
 
 SCHEMA = 3  # raised when files written before can no longer be read
 
@@ -57,9 +58,13 @@ def from_json(text: str, kind: type[T], name: str = "the text") -> T:
     if document["memplan"] != kind.__name__:
         raise MemplanError(f"{name} holds a {document['memplan']}, not a {kind.__name__}")
     try:
-        return typing.cast(T, _decode(document.get("value"), kind))
+        value = typing.cast(T, _decode(document.get("value"), kind))
     except (TypeError, ValueError, KeyError) as e:
         raise MemplanError(f"{name} is damaged: {e}") from None
+    step = value if isinstance(value, Step) else value.step if isinstance(value, Plan) else None
+    if step is not None and (wrong := unsound(step)):
+        raise MemplanError(f"{name} holds a step that cannot run: {wrong}")
+    return value
 
 
 def load(path: str | os.PathLike[str], kind: type[T]) -> T:

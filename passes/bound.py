@@ -35,10 +35,14 @@ def bound(step: Step, budget: Budget, machine: Machine) -> Bound:
     base = (float(program.times.sum()) + program.late) * program.second
     if found is None:
         return Bound(math.inf)
-    slopes = {m: found.slopes[row] * program.second / program.unit for m, row in rows.items()}
-    binding = min(slopes, key=lambda m: (slopes[m], m), default=0)
-    return Bound(
+    slopes = {m: float(found.slopes[row]) * program.second / program.unit for m, row in rows.items()}
+    least = Bound(
         base + max(0.0, found.cost * program.second - SLACK * base),
         per_byte=max(0.0, -sum(slopes.values())),
-        at=step.ops[program.order[binding]].name if slopes and slopes[binding] < 0 else "",
+        per_bus=max(0.0, program.faster_bus(found) * program.second),
     )
+    binding = min(slopes, key=lambda m: (slopes[m], m), default=0)
+    if not slopes or slopes[binding] >= 0:
+        return least
+    needs = int(program.needs.held[binding])
+    return replace(least, at=step.ops[program.order[binding]].name, needs=needs)

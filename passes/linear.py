@@ -62,6 +62,8 @@ class Program:
 
     def relaxed(self) -> Solution | None:
         """The optimum when no variable has to be whole; None: there is no solution."""
+        if not self.cost:  # nothing to choose
+            return Solution(np.zeros(0), 0.0, np.zeros(len(self.low)))
         matrix, low, high = self._matrix(), np.array(self.low), np.array(self.high)
         equal, above, below = low == high, np.isfinite(high) & (low != high), np.isfinite(low) & (low != high)
         found = linprog(

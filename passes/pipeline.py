@@ -159,9 +159,17 @@ def does_not_fit(plan: Plan, least: Plan) -> DoesNotFit:
     return DoesNotFit(
         f"the step does not fit {human(budget.bytes)}: policy {plan.policy!r} needs {human(needed)}, and the best of "
         f"the built-in policies {human(enough)}; {advice}\n"
-        f"alive at that peak, beyond {human(step.base_bytes)} of parameters and inputs:\n"
+        f"alive at that peak, {_where(best.timeline)}beyond {human(step.base_bytes)} of parameters and inputs:\n"
         + "\n".join([*largest, *(f"note: {note}" for note in step.notes)]),
         budget=budget.bytes,
         needed=needed,
         smallest=enough,
     )
+
+
+def _where(timeline: Timeline) -> str:
+    """The moment of the peak."""
+    if not timeline.moments:
+        return ""
+    moment = timeline.moments[timeline.peak_moment]
+    return f"at {moment.name}" + (f" in {moment.phase}, " if moment.phase else ", ")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from memplan.ir import Budget, Machine, Step
-from memplan.passes.linear import Program
+from memplan.passes.linear import Program, Solution
 from memplan.passes.necessity import Necessity, Use
 
 MOMENTS = 192
@@ -37,6 +37,7 @@ class Relaxation:
         self.unit = max(1.0, sum(step.tensors[t].bytes for t in self.uses) / 32)
         self.rate = self.second / machine.copy_seconds(1, "host") / self.unit
         self.lp = Program()
+        self.carried = dict[int, tuple[int, ...]]()  # row of the bus -> what is copied up to its moment, and before it
         self.size = {t: step.tensors[t].bytes / self.unit for t in self.uses}
         share = 2 * self.unit * machine.contention / machine.bandwidth / self.second
         self.share = {t: share * size for t, size in self.size.items()}
@@ -94,6 +95,8 @@ class Relaxation:
     def _moments(self) -> list[int]:
         held = self.needs.held
         clock = np.cumsum(self.times)
+        if not len(clock):
+            return []
         part = np.minimum(clock / max(clock[-1], 1e-30) * MOMENTS, MOMENTS - 1).astype(int)
         most = {int(p): int(np.flatnonzero(part == p)[np.argmax(held[part == p])]) for p in np.unique(part)}
         # All that crosses is there when forward ends, and what backward made ahead when backward begins.
@@ -142,7 +145,8 @@ class Relaxation:
                 copied.append(lp.variable())
                 # What leaves has left when its forward graph lp.
                 rate = self.rate if copied is back or self.order[m] < len(self.step.forward.ops) else 0.0
-                lp.row([(copied[-1], 1.0), *before, (waits, -rate), (more, -rate)], high=rate * passed)
+                row = lp.row([(copied[-1], 1.0), *before, (waits, -rate), (more, -rate)], high=rate * passed)
+                self.carried[row] = (copied[-1], *(v for v, _ in before))
                 if before:
                     lp.row([(copied[-1], 1.0), *before], low=0)
             lp.row([(made[q], 1.0), (out[q], -1.0)], low=0)
@@ -153,6 +157,12 @@ class Relaxation:
         lp.row([*ahead, *copies, *self._moved_ahead()], high=0)
         lp.row([*ahead, *behind, *copies, *again], high=self.late)
         return out, back
+
+    def faster_bus(self, found: Solution) -> float:
+        """What the optimum's slopes say that a bus twice as fast takes off its cost: each row carries as much again."""
+        values, slopes = found.values, found.slopes
+        copied = ((row, values[now] - sum(values[v] for v in before)) for row, (now, *before) in self.carried.items())
+        return float(-sum(slopes[row] * more for row, more in copied))
 
     def _moved_ahead(self) -> list[tuple[int, float]]:
         """Time of backward's ops that run in forward, negative: those whose results cross, and what these need."""

@@ -18,6 +18,7 @@ WIDTH = 120
 NAME, SOURCE = 14, 24  # characters of an op or a layer, and of a source, for which a table has room
 REASON = 22  # and of a reason
 LARGEST = 5  # blocks named at the peak
+CLASS = "gap: to plans of the same order of ops, each run again once at most, storages kept, copied or recomputed whole"
 
 _SHORT = {
     "float64": "f64",
@@ -169,13 +170,24 @@ def _budget(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    """What more memory could be worth, and where it is short."""
-    if plan.bound is None or not plan.bound.at:
+    """What more memory and a faster bus could be worth, what is short, and among which plans the gap is meant."""
+    bound = plan.bound
+    if bound is None:
         return ""
-    unit = max(plan.budget.bytes // 10, 1)
-    saves = f"{human(unit)} more could save {1e3 * unit * plan.bound.per_byte:.3g} ms (estimate)"
-    op = next(op for op in plan.step.ops if op.name == plan.bound.at)
-    return f"\n{saves}; memory is shortest at {op.name}" + (f", {op.source}" if op.source else "")
+    lines = [CLASS]
+    if bound.at:
+        unit = max(plan.budget.bytes // 10, 1)
+        memory, bus = unit * bound.per_byte, bound.per_bus / 10
+        op = next(op for op in plan.step.ops if op.name == bound.at)
+        where = f"memory is shortest at {op.name}" + (f", {op.source}" if op.source else "")
+        lines = [f"{human(unit)} more could save {1e3 * memory:.3g} ms (estimate); {where}", *lines]
+        if bus > 0:
+            binds = ": the bus binds" if bus > memory else ""
+            lines.insert(1, f"a bus 10 % faster could save {1e3 * bus:.3g} ms (estimate){binds}")
+        if bound.needs >= unit:
+            less = f"slices (option tiles) could save up to {1e3 * bound.needs * bound.per_byte:.3g} ms (estimate)"
+            lines.insert(1, f"what runs there takes {human(bound.needs)} in any plan: {less}")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from memplan.errors import Stopped
 from memplan.ir import Budget, Decisions, Machine, Offload, Step
 from memplan.passes.bound import bound
 from memplan.passes.chain import Chain, Option, chain
@@ -36,15 +37,34 @@ class Optimal:
     name: str = "optimal"
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
+        if not step.saveable:
+            return {}
         judge = Judge(step, budget, machine)
         base = sum(map(machine.seconds, step.ops))
         enough = bound(step, budget, machine).seconds - base + NEAR * base
-        found = _of_chains(judge, self.small, enough)
-        found += _of_policies(judge, self.small, min(found, default=None), enough)
-        best = min(found)
-        if best.over or best.seconds > enough:
-            best = polished(judge, best, self.small)
+        best: Candidate | None = None
+        try:
+            for candidate in _candidates(judge, self.small, enough):
+                best = candidate if best is None else min(best, candidate)
+        except Stopped:
+            if best is None:
+                raise
+        assert best is not None
         return decided(step.read_in_backward | best.saved, best.saved, best.offloads)
+
+
+def _candidates(judge: Judge, small: int, enough: float) -> Iterator[Candidate]:
+    """Of chains, of other policies, and what the local search makes of the best of them."""
+    found = list[Candidate]()
+    for candidate in _of_chains(judge, small, enough):
+        found.append(candidate)
+        yield candidate
+    for candidate in _of_policies(judge, small, min(found, default=None), enough):
+        found.append(candidate)
+        yield candidate
+    best = min(found)
+    if best.over or best.seconds > enough:
+        yield from polished(judge, best, small)
 
 
 def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float) -> Iterator[Candidate]:
@@ -64,7 +84,7 @@ def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float
         yield judge.candidate(point.saved, point.offloads)
 
 
-def _of_chains(judge: Judge, small: int, enough: float) -> list[Candidate]:
+def _of_chains(judge: Judge, small: int, enough: float) -> Iterator[Candidate]:
     """The best plan of each chain, as long as longer blocks help."""
     found = list[Candidate]()
     for every in EVERY if judge.room > 0 else ():
@@ -72,9 +92,9 @@ def _of_chains(judge: Judge, small: int, enough: float) -> list[Candidate]:
         best = _fitted(judge, links, small, found[-1].seconds if found else math.inf)
         if best is not None:
             found.append(best)
+            yield best
         if (best is None and found) or len(links.blocks) == 1 or (best is not None and best.seconds <= enough):
             break
-    return found
 
 
 def _fitted(judge: Judge, links: Chain, small: int, limit: float) -> Candidate | None:

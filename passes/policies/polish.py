@@ -1,6 +1,6 @@
 """Local search: decide single storages, then pairs of them, otherwise, as long as the plan gets better.
 
-In: a Judge, which simulates plans exactly, and a Candidate. Out: one that is no worse: what is over the budget comes
+In: a Judge, which simulates plans exactly, and a Candidate. Out: better ones: what is over the budget comes
 first, then time. It carries steps without blocks, and what falls between the options of those with blocks.
 The search ends after as many ops have been simulated as `WORK` says, whatever the clock says.
 """
@@ -78,21 +78,21 @@ class Judge:
         return best
 
 
-def polished(judge: Judge, best: Candidate, small: int) -> Candidate:
-    """The best that changing single storages, and pairs, leads to."""
+def polished(judge: Judge, best: Candidate, small: int) -> Iterator[Candidate]:
+    """What changing single storages, and pairs, leads to, each better than the one before."""
     tries = WORK // max(1, len(judge.step.ops))
     improved = REACH * tries >= len(judge.step.saveable)
     while improved:
         improved = False
         for saved, away in _neighbours(judge.step, best, small, offload=judge.budget.host_bytes > 0):
             if tries <= 0:
-                return best
+                return
             tries -= 1
             found = judge.placed(saved, away)
             if found < best:
                 best, improved = found, True
+                yield best
                 break
-    return best
 
 
 def _neighbours(

@@ -1,5 +1,7 @@
 """Small random Steps for hypothesis, with everything that ir.Step allows and real steps seldom have together."""
 
+from random import Random
+
 from hypothesis import strategies as st
 
 from memplan.ir import Graph, Machine, Op, Step, Tensor
@@ -104,3 +106,50 @@ def steps_and_saved(draw: st.DrawFn, *, fused: bool = False, layout: str = "one 
 def any_steps() -> st.SearchStrategy[Step]:
     """Of every layout."""
     return st.sampled_from(sorted(LAYOUTS)).flatmap(lambda layout: steps(layout=layout, max_ops=8))
+
+
+def backpropagated(random: Random, count: int) -> Step:
+    """A step of about `count` ops as autograd makes them: each op of forward reads what is near, one of ten reads from
+    far back, and backward runs through them in reverse, reading gradients, inputs, results, or none of these.
+    """
+    tensors = [Tensor("weights", 64, "parameter"), Tensor("batch", 16, "input"), Tensor("loss'", 1, "activation")]
+
+    def storage(name: str) -> int:
+        tensors.append(Tensor(name, random.choice((1, 4, 8, 16, 16, 32, 64)), "activation", dtype="float32"))
+        return len(tensors) - 1
+
+    def op(name: str, inputs: set[int], *outputs: int) -> Op:
+        cost = round(10 ** random.uniform(1, 3))
+        inside, fixed = random.choice((0, 0, 0, 16)), random.choice(("", "") * 8 + ("random",))
+        return Op(
+            name, "op", tuple(sorted(inputs)), outputs,
+            traffic=cost, dtype="float32", workspace_bytes=inside, fixed=fixed,
+        )  # fmt: skip
+
+    forward, made = list[Op](), [1]
+    for k in range(max(2, count // 2)):
+        reads = {made[-1], random.choice(made[-4:])} | ({random.choice(made)} if random.random() < 0.1 else set())
+        out = [storage(f"f{k}")] + ([storage(f"f{k}.stats")] if random.random() < 0.2 else [])
+        forward.append(op(f"f{k}", reads, *out))
+        made.append(out[0])
+    backward, gradient = list[Op](), {made[-1]: 2}
+    for own in reversed(forward):
+        above = [gradient[t] for t in own.outputs if t in gradient]
+        if not above:
+            continue
+        saved = set(own.outputs[1:]) | random.choice((set(own.inputs), set(own.inputs), {own.outputs[0]}, set()))
+        new = [t for t in own.inputs if t in made[1:]]
+        out = [storage(f"{own.name}' {t}") for t in new]
+        backward.append(op(f"{own.name}'", {*above, *saved}, *out))
+        for t, g in zip(new, out, strict=True):
+            if t in gradient:  # two gradients are added up
+                added = storage(f"sum {t}")
+                backward.append(op(f"add {own.name}' {t}", {g, gradient[t]}, added))
+                g = added
+            gradient[t] = g
+    first = [gradient[t] for t in forward[0].outputs if t in gradient]
+    graphs = (
+        Graph("forward", tuple(forward), (0, 1), (), "forward"),
+        Graph("backward", tuple(backward), (2,), tuple(first), "backward"),
+    )
+    return Step("backpropagated", tuple(tensors), graphs, (0, 1))

@@ -8,11 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from memplan import steps as recorded_steps
-from memplan.ir import Budget, Machine, Plan, Step
+from memplan.ir import Bound, Budget, Machine, Plan, Step
 from memplan.passes.bound import bound, with_bound
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies.offload import OffloadAll
 from memplan.serialize import from_json, to_json
+from memplan.units import human
 from tests.torch_free.oracle import MOST, outcomes
 from tests.torch_free.random_steps import LAYOUTS, MACHINE, steps
 
@@ -80,6 +81,46 @@ def test_a_plan_says_how_far_it_is_from_the_best() -> None:
     cheaper = bound(step, Budget(6 * 10**9 + 10**6), ROOFLINE)
     saved = plan.bound.seconds - cheaper.seconds
     assert saved == pytest.approx(1e6 * plan.bound.per_byte, rel=0.1)  # a slope is a slope
+
+
+def test_more_of_what_binds_saves_what_the_advice_says() -> None:
+    """Slopes are slopes: a little more memory, and a little faster bus, lower the bound by as much."""
+    step, budget = recorded_steps.load("llama8b_layers_4k_v32000"), Budget(6 * 10**9, host_bytes=10**11)
+    least = bound(step, budget, ROOFLINE)
+    assert least.per_byte > 0
+    assert least.per_bus > 0
+    more = bound(step, dataclasses.replace(budget, bytes=budget.bytes + 10**6), ROOFLINE)
+    assert least.seconds - more.seconds == pytest.approx(1e6 * least.per_byte, rel=0.1)
+    faster = bound(step, budget, dataclasses.replace(ROOFLINE, host_bandwidth=50e9 * 1.001))
+    assert least.seconds - faster.seconds == pytest.approx(1e-3 * least.per_bus, rel=0.1)
+
+
+def advice(plan: Plan, **found: float) -> list[str]:
+    """The lines between the budget and the verdict when the bound is short at the plan's first op."""
+    least = Bound(plan.timeline.seconds, at=plan.step.ops[0].name)
+    text = str(dataclasses.replace(plan, bound=dataclasses.replace(least, **found)))
+    lines = text.partition("\nbudget ")[2].splitlines()[1:-1]
+    return [line for line in lines if not line.startswith(("note: ", "off the device"))]
+
+
+def test_advice_says_what_binds(plan: Plan) -> None:
+    unit, first = plan.budget.bytes // 10, plan.step.ops[0].name
+    memory, among = advice(plan, per_byte=2e-3 / unit)
+    assert memory.startswith(f"{human(unit)} more could save 2 ms (estimate); memory is shortest at {first}")
+    assert among.startswith(
+        "gap: to plans of the same order of ops, each run again once at most, storages kept, copied or"
+    )
+    assert len(among) <= 120
+    _, slices, _ = advice(plan, per_byte=2e-3 / unit, needs=2 * unit)
+    assert slices.startswith(f"what runs there takes {human(2 * unit)} in any plan: slices (option tiles) could save ")
+    assert slices.endswith("up to 4 ms (estimate)")
+    bus = "a bus 10 % faster could save"
+    assert f"{bus} 1 ms (estimate)" in advice(plan, per_byte=2e-3 / unit, per_bus=1e-2)
+    assert f"{bus} 3 ms (estimate): the bus binds" in advice(plan, per_byte=2e-3 / unit, per_bus=3e-2)
+    least = dataclasses.replace(plan, bound=Bound(plan.timeline.seconds))
+    assert among in str(least)
+    assert "could save" not in str(least)
+    assert "gap" not in str(plan)
 
 
 def test_what_is_outside_of_the_class_has_no_bound(step: Step) -> None:
