@@ -92,11 +92,13 @@ class Partitioner:
         if self.decided:  # for the graph as it was then
             return in_slices(graph, forward_of, self.tilings[0], self.inner)
         found = []
-        looked_at, seen, unfused = [Tiling()], set[str](), tuple[str, ...]()
+        looked_at, seen, unfused, everything = [Tiling()], set[str](), tuple[str, ...](), tuple[str, ...]()
         for tiling in looked_at:  # which grows
             module = in_slices(graph, forward_of, tiling, self.inner)
             if tiling.head:
                 unfused = unfused or module.meta[UNFUSED]
+            elif tiling.bytes:
+                everything = module.meta[NOTES]
             if (tiling.head and not has_fused(module)) or str(module.graph) in seen:
                 continue
             seen.add(str(module.graph))
@@ -108,8 +110,7 @@ class Partitioner:
             found.append((not plan.fits, seconds if by_time else float(plan.peak), tiling, module))
         *_, tiling, module = min(found, key=lambda f: f[:2])
         if not tiling.slices:  # then what could not be
-            everything = [f[-1].meta[NOTES] for f in found if f[2].bytes and not f[2].head][-1:]
-            module.meta[NOTES] = tuple(note for notes in everything for note in notes if note.startswith("not"))
+            module.meta[NOTES] = tuple(note for note in everything if note.startswith("not"))
         if not has_fused(module):
             module.meta[NOTES] += unfused
         if self.smallest:
