@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import memplan
 from benchmarks.machine import save
-from memplan.grpo.losses import clipped_loss, kl_estimate, policy_ratio, selected_logprobs
+from memplan.grpo.kl import kl_estimate
+from memplan.grpo.logprobs import selected_logprobs
+from memplan.grpo.losses import clipped_loss, policy_ratio
 from memplan.runtime.kernels.linear_logprob import linear_logprob, linear_logprob_loss
 
 MIB = 2**20

@@ -23,7 +23,7 @@ def plan(
     policy: Any = "optimal",
     inner: str = "inductor",
     optimizer: Any = None,
-    tiles: int | str | Mapping[str, int] | None = None,
+    tiles: int | str | Mapping[str, int | str] | None = None,
     host_budget: str | int | float | None = None,
     cost: str | None = None,
 ) -> Plan:
@@ -37,7 +37,8 @@ def plan(
     optimizer: what will update the parameters: "adamw", or a function that makes it from parameters, or itself; None:
         the one that has them by now. Its states count, and what its step takes.
     tiles: the most rows of a slice, for every region that can run in slices; {"lm_head": 256} for those in a module or
-        at a source line; or "auto": as the fastest plan that fits has it; None: no slices.
+        at a source line; {"lm_head": "vocab"} for log-probs by linear_logprob, in this way, "rows", "vectors" or
+        "auto"; or "auto" alone: as the fastest plan that fits has it; None: no slices.
     host_budget: what may be off the device in the host's memory at a time, written as a budget is; 0: nothing; None:
         half of this host's free memory, and nothing where device and host share one memory.
     inner: with "inductor" bytes are an estimate until code is generated; with "eager" they are exact.

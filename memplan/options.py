@@ -28,6 +28,7 @@ FRAGMENTATION_RESERVE = 0.02
 _ENVIRONMENT = {"budget": "MEMPLAN_BUDGET", "policy": "MEMPLAN_POLICY", "out": "MEMPLAN_OUT"}
 _TAKEN = ("custom_partitioner_fn", "joint_custom_post_pass")  # of Inductor's config
 _OF = {"budget": "the device", "host_budget": "the host"}
+_HEADS = ("rows", "vocab", "vectors", "auto")  # ways of linear_logprob; "auto": of its choice
 _LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 
 
@@ -45,7 +46,8 @@ class Options:
     `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
     it, or a function that makes it from parameters, or itself.
     `tiles`: the most rows of a slice, for every region that can run in slices; {"lm_head": 256}, for those in a module
-    or at a source line ("model.py:210"); "auto": as the fastest plan that fits has it; None: no slices.
+    or at a source line ("model.py:210"); {"lm_head": "vocab"}: linear_logprob computes the log-probs there, by "rows",
+    "vocab" or, of a frozen head, "vectors"; "auto": as the fastest plan that fits has it; None: no slices.
     `limits`: the largest sizes to come, {"batch": 8, "tokens": 20480}, for which a step of varying sizes is planned.
     `cost`: the model that prices ops (passes/pricing.py); None: "fused" under Inductor, "roofline-v1" under eager.
     """
@@ -58,7 +60,7 @@ class Options:
     out: str | None = None
     limits: tuple[tuple[str, int], ...] = ()
     optimizer: Any = None
-    tiles: int | tuple[tuple[str, int], ...] | Literal["auto"] | None = None
+    tiles: int | tuple[tuple[str, int | str], ...] | Literal["auto"] | None = None
     host_budget: str | int | float | None = None
     cost: CostModel | None = None
 
@@ -131,12 +133,14 @@ def _tiles(given: object) -> Any:
     if given == "auto":
         return given
     for place, rows in pins.items():
+        if place and isinstance(place, str) and rows in _HEADS:
+            continue
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 2 or not isinstance(place, str):
             where = f" for {place!r}" if place else ""
             raise MemplanError(
                 f"option 'tiles' is {rows!r}{where}: give the most rows of a slice, an int of at least 2 (a slice of "
                 "one row would take other kernels), {'lm_head': 256} for some places, or 'auto'; leave it out for no "
-                "slices"
+                f"slices; of an LM head's place give {', '.join(map(repr, _HEADS))} for linear_logprob"
             )
     return tuple(pins.items()) if isinstance(given, Mapping) else given
 

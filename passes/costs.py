@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from memplan.ir import Fusion
 from memplan.passes.calls import Call, name, tensors
 from memplan.runtime import tiled
+from memplan.runtime.kernels.linear_logprob import work
 
 # fmt: off
 _REDUCTIONS = frozenset([
@@ -47,8 +48,10 @@ def flops(call: Call) -> int:
         return int(flop_registry[packet](*call.args, **call.kwargs, out_val=call.result))
     if call.target is tiled.OP:
         part = tiled.one_slice(*call.args)
-        work = part.count * sum(flops(Call(*made)) for made in part.calls)
-        return work * (part.rows + FEW_ROWS) // max(1, part.rows)
+        done = part.count * sum(flops(Call(*made)) for made in part.calls)
+        return done * (part.rows + FEW_ROWS) // max(1, part.rows)
+    if (head := work.of(call.target, call.args)) is not None:
+        return head.flops
     if target == "_grouped_mm":
         return 2 * _numel(results[:1]) * tensors(call.args)[0].shape[-1]
     return _numel(results)
@@ -70,6 +73,8 @@ def traffic(call: Call) -> int:
     if call.target is tiled.OP:
         part = tiled.one_slice(*call.args)
         return part.count * sum(traffic(Call(*made)) for made in part.calls)
+    if (head := work.of(call.target, call.args)) is not None:
+        return head.traffic
     results = tensors(call.result)
     inputs = tensors((call.args, call.kwargs))
     if name(call.target) in ("embedding", "gather", "index", "index_select"):

@@ -24,7 +24,7 @@ from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy
 from memplan.passes.pricing import priced
 from memplan.passes.recompute import split
-from memplan.passes.tilings import NOTES, Pins, Tiling, in_slices, menu
+from memplan.passes.tilings import NOTES, UNFUSED, Pins, Tiling, has_fused, in_slices, menu
 from memplan.passes.torch_policies import saved_sets
 from memplan.runtime.failing import Failed, nobody
 
@@ -53,7 +53,7 @@ class Partitioner:
     several: bool = False  # other graphs run in the same step
     parameters: frozenset[int] = frozenset()  # which arguments are parameters
     known: workspaces.Known = field(default_factory=dict, compare=False, repr=False)  # memory inside ops, as measured
-    tiles: int | Pins | Literal["auto"] | None = None  # rows of a slice, for all regions or by place; None: no slices
+    tiles: int | Pins | Literal["auto"] | None = None  # rows of a slice, or by place rows or a way; None: no slices
     tilings: list[Tiling] = field(default_factory=list, compare=False, repr=False)  # of the smallest plans
     decided: bool = False  # the policy repeats decisions made for the smallest plan's graph
     failed: Failed = field(default=nobody, compare=False, repr=False)  # hears of errors of what is compiled
@@ -94,19 +94,27 @@ class Partitioner:
         if self.decided:  # for the graph as it was then
             return in_slices(graph, forward_of, self.tilings[0], self.inner)
         found = []
-        looked_at = [Tiling()]
+        looked_at, seen, unfused, everything = [Tiling()], set[str](), tuple[str, ...](), tuple[str, ...]()
         for tiling in looked_at:  # which grows
             module = in_slices(graph, forward_of, tiling, self.inner)
+            if tiling.head:
+                unfused = unfused or module.meta[UNFUSED]
+            elif tiling.bytes:
+                everything = module.meta[NOTES]
+            if (tiling.head and not has_fused(module)) or str(module.graph) in seen:
+                continue
+            seen.add(str(module.graph))
             plan = self._made(step_of(module), fit=False)
             if tiling == Tiling():
                 looked_at += menu(plan.peak - plan.step.base_bytes)
             by_time = plan.fits and not self.smallest
-            seconds = plan.timeline.seconds * (SURE if tiling.bytes else 1.0)
+            seconds = plan.timeline.seconds * (SURE if tiling.slices else 1.0)
             found.append((not plan.fits, seconds if by_time else float(plan.peak), tiling, module))
         *_, tiling, module = min(found, key=lambda f: f[:2])
-        if not tiling.bytes:  # then what could not be
-            everything: tuple[str, ...] = found[-1][-1].meta[NOTES]
+        if not tiling.slices:  # then what could not be
             module.meta[NOTES] = tuple(note for note in everything if note.startswith("not"))
+        if not has_fused(module):
+            module.meta[NOTES] += unfused
         if self.smallest:
             self.tilings.append(tiling)
         return module

@@ -28,10 +28,12 @@ from memplan.passes.bodies import AXES, Body, NotTiled
 from memplan.passes.calls import ancestors, descendants, name, tensors, view_base
 from memplan.passes.capture import layer, source_line
 from memplan.passes.compat import drop_dead_code
+from memplan.passes.fused_head import SAID, fuse
 from memplan.passes.layouts import Axis, shape_of
 from memplan.passes.loops import WIDER, find, joined, needed_before
 from memplan.passes.phases import is_backward
 from memplan.passes.row_locality import Region, grow
+from memplan.passes.selected import NotFused, selected
 from memplan.passes.take_apart import take_apart
 from memplan.runtime import tiled
 from memplan.units import human
@@ -54,23 +56,27 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate: in slices of so many rows, and the way its backward gets what forward computed; or
-    the reason why not.
+    """What became of a candidate: in slices of so many rows, 0: those of linear_logprob, and the way its backward gets
+    what forward computed; or the reason why not. `unfused`: why it is not linear_logprob, where that was asked for.
     """
 
     of: Candidate
     rows: int
     way: str = ""
     reason: str = ""
+    unfused: str = ""
 
     def __str__(self) -> str:
         if self.reason:
             return f"not tiled, {self.of.place}: {self.reason}"
+        if not self.rows:
+            return f"tiled by linear_logprob, {human(self.of.bytes)} -> none, {self.way}: {self.of.place}"
         part = self.of.bytes * min(self.rows, self.of.rows) // self.of.rows
         return f"tiled by {self.rows} rows, {human(self.of.bytes)} -> {human(part)}, {self.way}: {self.of.place}"
 
 
 RowsOf = Callable[[Candidate], int | None]  # how many rows a slice has; 0: they are too few; None: it stays as it is
+WayOf = Callable[[Candidate], str]  # of linear_logprob, "auto": of its choice; empty: slices of the graph's own nodes
 
 
 def forward_of_joint(num_fwd_outputs: int) -> ForwardOf:
@@ -84,30 +90,49 @@ def forward_of_joint(num_fwd_outputs: int) -> ForwardOf:
 
 
 def tile_all(
-    graph: fx.GraphModule, forward_of: ForwardOf, rows_of: RowsOf, *, inner: str = "eager", widest: bool = False
+    graph: fx.GraphModule,
+    forward_of: ForwardOf,
+    rows_of: RowsOf,
+    *,
+    inner: str = "eager",
+    widest: bool = False,
+    way_of: WayOf = lambda _: "",
 ) -> list[Outcome]:
     """Tile all regions that are to be, or only the one with the widest results; `inner` compiles the slices.
-    `forward_of` says which nodes of the graph are forward.
+    `forward_of` says which nodes of the graph are forward. What is to be linear_logprob, and is not, runs in slices.
     """
     take_apart(graph)
     outcomes = []
-    for found in candidates(graph, forward_of)[: 1 if widest else None]:
-        rows = rows_of(found)
-        if rows is None:  # nobody wants it
-            continue
+    for k, found in enumerate(candidates(graph, forward_of)[: 1 if widest else None]):
         seed = next((n for n in _read_by_products(graph, forward_of(graph)) if n.name == found.seed), None)
+        rows, way, unfused = rows_of(found), way_of(found), ""
         if seed is None:  # it went with another region
             continue
-        if not rows:
-            outcomes.append(Outcome(found, rows, reason=f"its {found.rows} rows are too few for slices"))
-            continue
-        try:
-            outcomes.append(Outcome(found, rows, way=_tile(graph, seed, forward_of, rows, inner)))
-        except NotTiled as e:
-            outcomes.append(Outcome(found, rows, reason=str(e)))
+        if way:
+            try:
+                outcomes.append(Outcome(found, 0, way=fuse_head(graph, seed, forward_of, way)))
+                continue
+            except (NotFused, NotTiled) as e:
+                looks_like_it = k == 0 or (isinstance(e, NotFused) and e.head)
+                unfused = str(e) if looks_like_it or rows is None else ""
+        if rows is not None:
+            outcomes.append(_in_rows(graph, seed, forward_of, found, rows, inner, unfused))
+        elif unfused:
+            outcomes.append(Outcome(found, 0, reason=f"it is not linear_logprob: {unfused}", unfused=unfused))
     graph.graph.lint()
     graph.recompile()
     return outcomes
+
+
+def _in_rows(
+    graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, of: Candidate, rows: int, inner: str, unfused: str
+) -> Outcome:
+    if not rows:
+        return Outcome(of, rows, reason=f"its {of.rows} rows are too few for slices", unfused=unfused)
+    try:
+        return Outcome(of, rows, _tile(graph, seed, forward_of, rows, inner), unfused=unfused)
+    except NotTiled as e:
+        return Outcome(of, rows, reason=str(e), unfused=unfused)
 
 
 def candidates(graph: fx.GraphModule, forward_of: ForwardOf) -> list[Candidate]:
@@ -162,10 +187,7 @@ def tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int,
 
 def _tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int, inner: str) -> str:
     """The same; the graph's code is as it was."""
-    sizes = shape_of(seed.meta["val"])
-    forward = forward_of(graph)
-    region = grow(seed, ((Axis(AXES[0], sizes[0]),), (Axis(AXES[1], sizes[1]),), (sizes[2],)))
-    region, loops = find(seed, region, forward)
+    region, loops = _found(seed, forward_of(graph))
     try:
         single = [joined(loops, region)]
         bodies, way = _bodies(single, region), "gradient in the same pass"
@@ -175,9 +197,32 @@ def _tile(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, rows: int
     now: dict[fx.Node, fx.Node] = {}  # what was returned by a loop -> what stands for it
     for loop, body in zip(loops, bodies, strict=True):
         _replace(graph.graph, loop, body, (rows, inner), now)
+    _tidy(graph)
+    return way
+
+
+def fuse_head(graph: fx.GraphModule, seed: fx.Node, forward_of: ForwardOf, way: str) -> str:
+    """Put linear_logprob in the place of the region of `seed`. Returns what is said of the way. Raises NotTiled or
+    NotFused, with the graph as it was.
+    """
+    forward = forward_of(graph)
+    region, loops = _found(seed, forward)
+    found = selected(seed, region, loops, forward)
+    said = SAID[fuse(graph.graph, seed, region, found, way)]
+    _tidy(graph)
+    assert found.product.name not in {n.name for n in graph.graph.nodes}
+    return said
+
+
+def _found(seed: fx.Node, forward: set[fx.Node]) -> tuple[Region, list[Loop]]:
+    """The region of a node, and its loops. Raises NotTiled."""
+    sizes = shape_of(seed.meta["val"])
+    return find(seed, grow(seed, ((Axis(AXES[0], sizes[0]),), (Axis(AXES[1], sizes[1]),), (sizes[2],))), forward)
+
+
+def _tidy(graph: fx.GraphModule) -> None:
     graph.graph = _sort(graph.graph)
     drop_dead_code(graph.graph)
-    return way
 
 
 def _bodies(loops: Sequence[Loop], region: Region) -> list[Body]:

@@ -24,6 +24,7 @@ from memplan.passes import costs
 from memplan.passes.calls import Call, name, tensors
 from memplan.runtime import tiled
 from memplan.runtime.allocator import allocator_profile, interrupt
+from memplan.runtime.kernels.linear_logprob import work
 
 _MARK = "memplan::workspace::"
 
@@ -83,9 +84,12 @@ def _fake_bytes(call: Call) -> int:
 
 
 def by_rule(call: Call, machine: Machine) -> int:
-    """The machine's table: a multiple of the op's first output. Of a loop over slices, what one slice holds."""
+    """The machine's table: a multiple of the op's first output. Of a loop over slices, and of the
+    fused head, what a slice holds."""
     if call.target is tiled.OP:
         return tiled.one_slice(*call.args).peak
+    if (head := work.of(call.target, call.args)) is not None:
+        return head.workspace()
     factor = dict(machine.workspace_rules).get(str(call.target))
     results = tensors(call.result)
     return int(factor * costs.nbytes(results[0])) if factor and results else 0

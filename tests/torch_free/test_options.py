@@ -173,7 +173,10 @@ def test_ops_are_priced_as_they_are_run() -> None:
         ({"tiles": "all"}, "'tiles' is 'all'"),
         ({"tiles": {}}, "'tiles' is {}: give the most rows"),
         ({"tiles": {"lm_head": 0}}, "'tiles' is 0 for 'lm_head': give the most rows"),
-        ({"tiles": {"lm_head": "auto"}}, "'tiles' is 'auto' for 'lm_head'"),
+        (
+            {"tiles": {"lm_head": "vocabulary"}},
+            "'tiles' is 'vocabulary' for 'lm_head'.* give 'rows', 'vocab', 'vectors'",
+        ),
         ({"policy": 3}, "'policy' is 3"),
         ({"machine": "rtx409"}, "did you mean 'rtx4090'"),
         ({"inner": "aot_eager"}, "'inductor' or 'eager'"),

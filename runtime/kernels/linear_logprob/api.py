@@ -72,25 +72,30 @@ def linear_logprob(
     waits to look at labels: the log-prob and the gradients of such a row are nan.
     """
     trainable = [weight.requires_grad, bias is not None and bias.requires_grad]
-    check(hidden, weight, labels, bias, mask, weight_scale)
-    check_numbers(temperature, logit_scale, softcap)
+    given, form = checked((hidden, weight, labels, bias, mask, weight_scale), (temperature, logit_scale, softcap))
     chosen = _way(way, hidden, frozen=not any(trainable))
     rows = hidden.shape[:-1]
-    logprob, entropies, *_ = _op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        labels.reshape(-1),
-        bias,
-        None if mask is None else mask.reshape(-1) != 0,
-        weight_scale,
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        compute_dtype(hidden, weight),
-        entropy,
-        chosen,
-    )
+    logprob, entropies, *_ = _op(*given, *form, entropy, chosen)
     return (logprob.view(rows), entropies.view(rows)) if entropy else logprob.view(rows)
+
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def checked(
+    given: Operands, numbers: tuple[float, float, float | None]
+) -> tuple[Operands, tuple[float, float, float | None, torch.dtype]]:
+    """hidden, weight, labels, bias, mask and weight_scale, flat: [T, D], [V, D], [T], [V], [T] bool; and temperature,
+    logit_scale, softcap and the dtype of operands, as head.Form has them. Raises MemplanError as linear_logprob does.
+    """
+    hidden, weight, labels, bias, mask, scale = given
+    temperature, logit_scale, softcap = numbers
+    check(*given)
+    check_numbers(*numbers)
+    rows = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), None if mask is None else mask.reshape(-1) != 0
+    cap = None if softcap is None else float(softcap)
+    form = float(temperature), float(logit_scale), cap, compute_dtype(hidden, weight)
+    return (rows[0], weight, rows[1], bias, rows[2], scale), form
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

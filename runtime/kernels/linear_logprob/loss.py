@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from memplan.errors import MemplanError
-from memplan.runtime.kernels.linear_logprob.api import check, check_numbers, compute_dtype
+from memplan.runtime.kernels.linear_logprob.api import checked
 from memplan.runtime.kernels.linear_logprob.head import EVEN, Form, Head
 from memplan.runtime.kernels.linear_logprob.rows import Rows
 from memplan.runtime.kernels.linear_logprob.statistics import Statistics, inside
@@ -69,18 +69,16 @@ def linear_logprob_loss(
     A compiled step breaks its graph here.
     Raises MemplanError as linear_logprob does, on data that wants a gradient, and on a loss of another shape.
     """
-    check(hidden, weight, labels, bias, mask, weight_scale)
-    check_numbers(temperature, logit_scale, softcap)
+    given, form = checked((hidden, weight, labels, bias, mask, weight_scale), (temperature, logit_scale, softcap))
     for k, x in enumerate(data):
         if x.shape[: labels.ndim] != labels.shape:
             raise MemplanError(f"data[{k}] {list(x.shape)} does not fit labels {list(labels.shape)}: one value per row")
         if x.requires_grad:
             raise MemplanError(f"data[{k}] wants a gradient and gets none here: detach it, or use linear_logprob")
-    form = Form(temperature, logit_scale, softcap, compute_dtype(hidden, weight))
     flat = [x.reshape(-1, *x.shape[labels.ndim :]) for x in data]
-    rest = (weight_scale, labels.reshape(-1), None if mask is None else mask.reshape(-1) != 0, form, loss, flat)
+    hidden_TD, weight_VD, labels_T, bias_V, mask_T, scale = given
     apply: Any = _Loss.apply
-    total, logprob = apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, *rest)
+    total, logprob = apply(hidden_TD, weight_VD, bias_V, scale, labels_T, mask_T, Form(*form), loss, flat)
     return total, logprob.view(labels.shape)
 
 

@@ -6,6 +6,7 @@ raises. CUDA tensors go to triton.py if triton is there and knows the dtypes, al
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from typing import Any
@@ -18,8 +19,7 @@ from memplan.runtime.kernels.linear_logprob.head import Form, Head
 from memplan.runtime.kernels.linear_logprob.rows import Rows
 
 
-@torch.library.custom_op("memplan::linear_logprob", mutates_args=())
-def linear_logprob(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -37,7 +37,7 @@ def linear_logprob(
     head = Head(weight, bias, weight_scale, Form(temperature, logit_scale, softcap, compute))
     some: list[Tensor | None] = []
     kernels = kernels_for(hidden, head)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         if kernels is not None:  # with vectors too, so that log-probs have equal bits: that is a product more
             found = kernels.forward(hidden, head, labels, mask, entropy=entropy)
             some = [found.logprob_T, found.entropy_T, found.total_T]
@@ -46,6 +46,9 @@ def linear_logprob(
     some = some or [found.logprob_T, found.entropy_T, found.total_T]
     some += [found.logprob_vector_TD, found.entropy_vector_TD]
     return tuple(found.logprob_T.new_empty(0) if x is None else x for x in some)  # type: ignore[return-value]
+
+
+linear_logprob = torch.library.custom_op("memplan::linear_logprob", forward, mutates_args=())
 
 
 @linear_logprob.register_fake
@@ -74,8 +77,7 @@ def _(
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-@torch.library.custom_op("memplan::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward(
+def backward(
     logprob_grad: Tensor,
     entropy_grad: Tensor | None,
     hidden: Tensor,
@@ -105,9 +107,17 @@ def linear_logprob_backward(
     kernels = kernels_for(hidden, head)
     tile = None if kernels is None else kernels.gradient_of_tile
     wanted = (needs[0], needs[1], needs[2])
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         found = reference.backward(hidden, head, rows, given, way=way, needs=wanted, tile_gradient=tile)
     return tuple(hidden.new_empty(0) if x is None else x for x in found)  # type: ignore[return-value]
+
+
+linear_logprob_backward = torch.library.custom_op("memplan::linear_logprob_backward", backward, mutates_args=())
+
+
+def without_autocast(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Operands are rounded as `compute` says, and nothing else is."""
+    return contextlib.nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False)
 
 
 def kernels_for(hidden: Tensor, head: Head) -> Any:

@@ -80,11 +80,15 @@ class Statistics:
     def results(self) -> Results:
         """When all tiles are in."""
         target_R = self.target_R
-        rest_R = self.top_R.masked_fill(self.top_R == -torch.inf, 0) + self.sum_R.log()
-        logprob_R = torch.nn.functional.logsigmoid(target_R - rest_R)
+        top_R = self.top_R.masked_fill(self.top_R == -torch.inf, 0)
+        rest_R = top_R + self.sum_R.log()
+        margin_R = target_R - top_R - self.sum_R.log()  # not target - rest, which is rounded once more
+        # and where the target does not lead, as log_softmax does, for the same reason
+        beside_R = target_R - top_R - (self.sum_R + (target_R - top_R).exp()).log()
+        logprob_R = torch.where(margin_R > 0, torch.nn.functional.logsigmoid(margin_R), beside_R)
         # log_softmax is nan there: inf - inf
         logprob_R = logprob_R.masked_fill(target_R == torch.inf, torch.nan)
-        log_others_R = torch.nn.functional.logsigmoid(rest_R - target_R)
+        log_others_R = torch.nn.functional.logsigmoid(-margin_R)
         entropy_R = None
         if self.weighted_R is not None:
             others_R = -logprob_R.expm1()
