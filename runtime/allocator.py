@@ -1,6 +1,10 @@
 """The CPU allocator's events, from torch's profiler.
 
 A process can have one profiler. A window (window.py) that has it gives way to whatever else needs it: `interrupt`.
+
+What must hold: no profiler starts inside of an op, a compiled region or another scope that began under an earlier
+one. Where such a scope ends, torch writes the time into memory of the earlier profiler, which is freed (torch 2.11 to
+2.13): into whatever tensor has it now. What may have to start there sees no scopes: AllocatorLog.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+from torch._C._profiler import RecordScope
 
-FREED, MARK = "memplan: freed ", "memplan: mark "
+FREED = "memplan: freed "
 _BARE = {f"aten::{op}" for op in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")}
 # Files in which no line is the user's: torch's, memplan's, and what Dynamo and Inductor generate.
 _LIBRARY = re.compile(r"(^|/)(torch|memplan/passes|memplan/runtime)/|^<|(^|/)c[a-z2-7]{40,}\.py$")
@@ -40,21 +46,57 @@ class Event:
     phase: str = ""
     source: str = ""
     layer: str = ""
-    mark: int | None = None  # a place that `mark` marked, and nothing else
+    mark: int | None = None  # a place that was marked, and nothing else
 
 
-def mark(number: int) -> None:
-    """Mark a place in the sequence of events, if a profile is running."""
-    with torch._C._profiler._RecordFunctionFast(f"{MARK}{number}"):
-        pass
+class AllocatorLog:
+    """The events from here to `stop`, without the names of ops, and marks between them. It may start, and stop, inside
+    of anything but a backward.
+    """
+
+    _NOWHERE = RecordScope.LITE_INTERPRETER  # a scope that nothing here runs in
+    _MARK = 7919  # bytes: a mark is an allocation, and no tensor of numbers has an odd size
+
+    def __init__(self) -> None:
+        _quiet()
+        self.marks: list[int] = []  # their addresses
+        config = torch.autograd.profiler.profile(profile_memory=True).config()  # type: ignore[no-untyped-call]
+        activities = {torch.profiler.ProfilerActivity.CPU}
+        _prepare_profiler(config, activities)
+        _enable_profiler(config, activities, {self._NOWHERE})  # type: ignore[call-arg]  # its stub lacks the last
+
+    def mark(self) -> None:
+        """Mark a place in the sequence of events; marks are numbered from 0."""
+        self.marks.append(torch.empty(self._MARK, dtype=torch.uint8).data_ptr())
+
+    def stop(self) -> list[Event]:
+        """What was seen, in order of time."""
+        results = cast(Any, _disable_profiler())
+        allocations = [e for e in results.experimental_event_tree() if e.name == "[memory]"]
+        found, todo, number = list[Event](), sorted(allocations, key=lambda e: e.start_time_ns), 0
+        for event in todo:
+            seconds, what = (event.start_time_ns - results.trace_start_ns()) / 1e9, event.extra_fields
+            if what.device.type != "cpu":
+                continue
+            if abs(what.alloc_size) == self._MARK and what.ptr in self.marks:
+                if number < len(self.marks) and what.ptr == self.marks[number] and what.alloc_size > 0:
+                    found.append(Event(seconds, 0, 0, "mark", mark=number))
+                    number += 1
+                continue
+            found.append(Event(seconds, what.ptr, what.alloc_size, "python"))
+        return found
+
+
+def _quiet() -> None:
+    """Kineto writes two lines to stderr at every start, at level 5. It looks at the variable once, when it starts."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def allocator_profile(lines: bool = False) -> torch.profiler.profile:
     """torch's profiler, reporting what the CPU's allocator does, with the Python calls around it if `lines`; not
     started.
     """
-    # Kineto writes two lines to stderr at every start, at level 5. It looks at the variable once, when it first starts.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    _quiet()
     return _Profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True, with_stack=lines
     )
@@ -98,10 +140,6 @@ def events(profile: torch.profiler.profile, layers: Mapping[int, str] | None = N
         if event.name.startswith(FREED):
             address = int(event.name.removeprefix(FREED))
             found.append((at, Event((at - origin) / 1e9, address, 0, name or "python", phase)))
-            continue
-        if event.name.startswith(MARK):
-            number = int(event.name.removeprefix(MARK))
-            found.append((at, Event((at - origin) / 1e9, 0, 0, "mark", phase, mark=number)))
             continue
         if phase not in ("backward", "optimizer"):
             phase = _phase(event.name)

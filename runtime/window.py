@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch._dynamo.callback import callback_handler
 
-from memplan.runtime.allocator import Event, allocator_profile, events, gives_way, interrupt, mark
+from memplan.runtime.allocator import AllocatorLog, Event, gives_way, interrupt
 
 # What ends a session: after a backward, and before another profiler starts.
 _PLACES = (
@@ -45,12 +45,11 @@ class Session:
         self.taken: list[Mapping[int, int]] = []
         self.counters: list[tuple[int, int]] = []  # CUDA: allocated and its maximum, at each mark
         self.events: list[Event] = []
-        self.profile: Any = None
+        self.log: AllocatorLog | None = None
         interrupt()
         self.cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if not self.cuda and not torch._C._autograd._profiler_enabled():
-            self.profile = allocator_profile()
-            self.profile.start()
+            self.log = AllocatorLog()
         self.thread = threading.get_ident()  # a profile can only be stopped where it was started
         self.patches = [self._wrapped(*place) for place in _PLACES]
         callback_handler.register_start_callback(self.end)
@@ -65,8 +64,8 @@ class Session:
         self.taken.append(taken)
         if self.cuda:
             self.counters.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
-        else:
-            mark(len(self.taken) - 1)
+        elif self.log is not None:
+            self.log.mark()
         return len(self.taken) - 1
 
     def end(self, _: Any = None) -> None:
@@ -80,10 +79,8 @@ class Session:
         gives_way.remove(self.end)
         with contextlib.suppress(ValueError):  # torch._dynamo.reset() has removed it
             callback_handler.remove_start_callback(self.end)
-        if self.profile is not None:
-            self.profile.stop()
-            self.events = events(self.profile)
-            self.profile = None
+        if self.log is not None:
+            self.events, self.log = self.log.stop(), None
 
     def _wrapped(self, owner: Any, name: str, after: bool) -> tuple[Any, str, Any, Any]:
         """Put a function that ends the session in the place of one, and say what is where."""
