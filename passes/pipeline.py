@@ -19,6 +19,8 @@ from memplan.passes.schedule import saved_by, schedule
 from memplan.passes.simulate import simulate
 from memplan.units import human
 
+ROUNDS = 5  # times that a policy is asked for less than the least
+
 
 def make_plan(
     step: Step,
@@ -47,9 +49,23 @@ def make_plan(
     asked = budget.leaving(0) if smallest else budget
     plan = evaluate(step, _ask(chosen, step, asked, machine), budget, machine, inner, policies.name_of(policy))
     if fit and not plan.fits:
-        # Greedy has looked for the smallest plan already.
-        raise does_not_fit(plan, plan if isinstance(chosen, Greedy) else smallest_plan(step, machine, inner, budget))
+        raise does_not_fit(plan, _least(plan, chosen))
     return plan
+
+
+def _least(plan: Plan, chosen: policies.Policy) -> Plan:
+    """The smallest plan that is found where this one, of a policy, does not fit."""
+    if isinstance(chosen, Greedy):  # it has looked for the smallest already
+        return plan
+    step, machine = plan.step, plan.machine
+    least = smallest_plan(step, machine, plan.inner, plan.budget)
+    for _ in range(ROUNDS):  # the policy may know a smaller one, if it is asked for it
+        below = plan.budget.leaving(least.peak - 1)
+        tried = evaluate(step, _ask(chosen, step, below, machine), below, machine, plan.inner, plan.policy)
+        if not tried.fits:
+            break
+        least = tried
+    return least
 
 
 def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine, inner: str, policy: str) -> Plan:
@@ -147,7 +163,8 @@ def does_not_fit(plan: Plan, least: Plan) -> DoesNotFit:
             smallest=budget.needed_for(min(plan.peak, least.peak)),
         )
     best = min(plan, least, key=lambda p: p.peak)
-    needed, enough = budget.needed_for(plan.peak), budget.needed_for(best.peak)
+    enough = budget.needed_for(best.peak)
+    needed = enough if best.policy == plan.policy else budget.needed_for(plan.peak)
     advice = f'set a budget of at least "{enough}B", or make the batch smaller'
     if enough < needed:
         advice = f'set a budget of at least "{needed}B", or policy="{best.policy}" and at least "{enough}B"'

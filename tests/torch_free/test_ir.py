@@ -67,6 +67,25 @@ def graphs(body: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return every(Graph, ops=some(op), inputs=INDICES, outputs=INDICES)
 
 
+def runnable(step: Step) -> Step:
+    """The same, less what cannot run (memplan/sound.py): storages that are not there, or are made twice."""
+    there = {t for t in step.resident if t < len(step.tensors)}
+
+    def some_of(graph: Graph) -> Graph:
+        there.update(inputs := [t for t in graph.inputs if t < len(step.tensors)])
+        ops = []
+        for op in graph.ops:
+            read = tuple(t for t in op.inputs if t in there)
+            made = dict.fromkeys(t for t in op.outputs if t < len(step.tensors) and t not in there)
+            there.update(made)
+            ops.append(dataclasses.replace(op, inputs=read, outputs=tuple(made)))
+        returned = tuple(t for t in graph.outputs if t in there)
+        return dataclasses.replace(graph, ops=tuple(ops), inputs=tuple(inputs), outputs=returned)
+
+    resident = tuple(t for t in step.resident if t in there)
+    return dataclasses.replace(step, resident=resident, graphs=tuple(map(some_of, step.graphs)))
+
+
 LOOP = every(Loop, body=graphs(st.none()), accumulators=INDICES)
 STEP = every(
     Step,
@@ -78,7 +97,7 @@ STEP = every(
     sizes=some(st.tuples(st.text(), INTEGERS)),
     saved_by=some(st.tuples(st.text(), INDICES)),
     notes=some(st.text()),
-)
+).map(lambda step: runnable(step))
 TIMELINE = every(
     Timeline,
     origin=st.sampled_from(("predicted", "measured")),
