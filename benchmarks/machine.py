@@ -14,6 +14,8 @@ import transformers
 
 from memplan.serialize import write
 
+os.environ["MEMPLAN_CACHE"] = "0"  # every figure is of plans that are made here
+
 
 def describe() -> dict[str, Any]:
     """The machine and the libraries, in words."""

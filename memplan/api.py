@@ -63,7 +63,7 @@ def plan(
         cost=cost,
     )
     traced = trace(step, batch, partitioner, options.optimizer)
-    made = make_plan(traced, options.policy, partitioner.budget, partitioner.machine, inner=options.inner)
+    made = make_plan(traced, partitioner.policy, partitioner.budget, partitioner.machine, inner=options.inner)
     return with_bound(with_reasons(made)).with_others()
 
 
@@ -102,11 +102,12 @@ def _asked(**given: Any) -> tuple[Partitioner, Options]:
     """The options, and a partitioner that plans by them for a machine that need not be there."""
     from memplan.here import this_machine
     from memplan.passes.partition import Partitioner
+    from memplan.passes.policies.remembered import remembered
 
     options = Options.read({k: v for k, v in given.items() if v is not None}, os.environ)
     target = options.machine or this_machine("cpu")
     partitioner = Partitioner(
-        policy=options.policy,
+        policy=remembered(options.policy),
         budget=read_budget(options.budget, target, host=options.host_budget),
         machine=target,
         inner=options.inner,

@@ -24,6 +24,7 @@ from memplan.options import Options, read_budget
 from memplan.passes.compat import broken_at, compile_call, nested, resumed_at
 from memplan.passes.dispatch import Compiler, adaptive
 from memplan.passes.partition import Partitioner, tensor_names
+from memplan.passes.policies.remembered import remembered
 from memplan.passes.whole_step import WholeStep
 from memplan.planned_oom import explain
 from memplan.runtime.held import Watch
@@ -48,7 +49,7 @@ def memplan_backend(
     if read.inner == "inductor":
         budget = replace(budget, fixed_bytes=budget.fixed_bytes + AROUND)
     partitioner = Partitioner(
-        policy=read.policy,
+        policy=remembered(read.policy),
         budget=budget,
         machine=target,
         inner=read.inner,

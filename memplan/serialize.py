@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memplan.errors import MemplanError
-from memplan.ir import Decision, Keep, Machine, Offload, Plan, Recompute, Step, Timeline
+from memplan.ir import Decision, Keep, Offload, Plan, Recompute, Step
 from memplan.sound import unsound
 
 SCHEMA = 3  # raised when files written before can no longer be read
@@ -24,8 +24,8 @@ SCHEMA = 3  # raised when files written before can no longer be read
 _DECISIONS: dict[str, type] = {kind.__name__: kind for kind in (Keep, Recompute, Offload)}
 
 
-def to_json(value: Step | Plan | Timeline | Machine) -> str:
-    """The value as JSON text. Fields at their default are left out."""
+def to_json(value: Any) -> str:
+    """The value, a dataclass, as JSON text. Fields at their default are left out."""
     return json.dumps({"memplan": type(value).__name__, "schema": SCHEMA, "value": _encode(value)}, allow_nan=False)
 
 
@@ -39,7 +39,7 @@ def _encode(value: Any) -> Any:
     return value
 
 
-T = typing.TypeVar("T", Step, Plan, Timeline, Machine)
+T = typing.TypeVar("T")  # a dataclass
 
 
 def from_json(text: str, kind: type[T], name: str = "the text") -> T:
