@@ -58,8 +58,7 @@ class Arena:
         address = self.take(size)
         piece = (ctypes.c_char * size).from_address(address)
         weakref.finalize(piece, self.give, address, size).atexit = False
-        flat = torch.frombuffer(piece, dtype=torch.uint8)  # its storage holds the piece
-        return flat[: math.prod(shape) * dtype.itemsize].view(dtype).as_strided(shape, strides)
+        return shaped(torch.frombuffer(piece, dtype=torch.uint8), shape, strides, dtype)  # its storage holds the piece
 
     def reserve(self, size: int) -> None:
         """Grow until `size` bytes have room beside each other."""
@@ -69,7 +68,7 @@ class Arena:
 
     def take(self, size: int) -> int:
         """The address of a piece: the first hole that is large enough."""
-        size = _rounded(size, ALIGNMENT)
+        size = rounded(size, ALIGNMENT)
         with self.lock:
             found = next((k for k, (_, n) in enumerate(self.holes) if n >= size), None)
             if found is None:
@@ -82,7 +81,7 @@ class Arena:
 
     def give(self, address: int, size: int) -> None:
         """Take a piece back, and join it with the holes beside it."""
-        size = _rounded(size, ALIGNMENT)
+        size = rounded(size, ALIGNMENT)
         with self.lock:
             self.used -= size
             k = bisect.bisect(self.holes, (address, 0))
@@ -94,38 +93,46 @@ class Arena:
                         self.holes[left : left + 2] = [(a, n + m)]
 
     def _starts(self, address: int) -> bool:
-        return any(_address(m) == address for m in self.mappings)
+        return any(address_of(m) == address for m in self.mappings)
 
     def _grow(self, size: int) -> None:
-        size = _rounded(size, PAGE)
+        size = rounded(size, PAGE)
         try:
-            mapping = _memory(size) if self.tier == "host" else _file(size)
+            mapping = memory(size) if self.tier == "host" else _file(size)
         except OSError as e:
             raise MemplanError(
                 f"cannot take {human(size)} of the {self.tier} for what is offloaded, beside {human(self.bytes)} taken "
                 f"before: {e.strerror}; {_ADVICE[self.tier]}"
             ) from None
         if self.pinned:
-            error = torch.cuda.cudart().cudaHostRegister(_address(mapping), size, 0)  # type: ignore[no-untyped-call]
+            error = torch.cuda.cudart().cudaHostRegister(address_of(mapping), size, 0)  # type: ignore[no-untyped-call]
             if int(error):
                 raise MemplanError(
                     f"CUDA refuses to pin {human(size)} of host memory: {error}; set a smaller host_budget"
                 )
         self.mappings.append(mapping)
         self.bytes += size
-        k = bisect.bisect(self.holes, (_address(mapping), 0))
-        self.holes.insert(k, (_address(mapping), size))
+        k = bisect.bisect(self.holes, (address_of(mapping), 0))
+        self.holes.insert(k, (address_of(mapping), size))
 
 
-def _rounded(size: int, to: int) -> int:
+def shaped(flat: torch.Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without gaps over the first of some bytes."""
+    return flat[: math.prod(shape) * dtype.itemsize].view(dtype).as_strided(shape, strides)
+
+
+def rounded(size: int, to: int) -> int:
+    """Up to a multiple."""
     return -(-size // to) * to
 
 
-def _address(mapping: mmap.mmap) -> int:
+def address_of(mapping: mmap.mmap) -> int:
+    """Where it begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
-def _memory(size: int) -> mmap.mmap:
+def memory(size: int) -> mmap.mmap:
+    """Anonymous memory: its pages come when they are touched."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
@@ -145,7 +152,7 @@ def reserve(plan: Plan) -> None:
 
 def off_device(address: int) -> bool:
     """Whether an address is in an arena."""
-    return any(a <= address < a + len(m) for tier in TIERS for m in arena(tier).mappings for a in (_address(m),))
+    return any(a <= address < a + len(m) for tier in TIERS for m in arena(tier).mappings for a in (address_of(m),))
 
 
 @functools.cache

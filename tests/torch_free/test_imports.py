@@ -83,6 +83,8 @@ TORCH_FREE = (
     "memplan.passes.reasons",
     "memplan.passes.pricing",
     "memplan.runtime",
+    "memplan.runtime.device_lock",
+    "memplan.runtime.ledger",
 )
 
 

@@ -1,0 +1,314 @@
+"""One budget for a device, and who has how much of it in which phase of RL: rollout, score or train.
+
+    ledger = Ledger("24GB")
+    ledger.lease("kv_cache", cache, "8GB", phases=("rollout",))
+    ledger.lease("optimizer", states, "6GB", phases=("train",))
+    with ledger.phase("rollout"): ...
+
+In: tenants that can leave the device and come back, and the phases that need them. Out: in a phase those that it needs
+are on the device, and no others. A transition releases, confirms on the device that the memory is free, and only then
+brings in what has room; where anything fails, what was there before is brought back.
+What must hold, whatever fails or is interrupted and wherever: what is on the device stays inside the budget, and the
+next phase works. So what a lease is about to become is written down before its tenant is called: one that was left
+half-way counts whole until a later transition has finished it.
+Bytes on the device are what `measure` says, above what it said beside the leases when the last of them was made: that
+is not in the budget, as on a CPU nothing is that torch's allocator does not give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import typing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from memplan import memory
+from memplan.errors import MemplanError, did_you_mean
+from memplan.runtime.device_lock import DeviceLock
+from memplan.units import human, parse_bytes
+
+RLPhase = Literal["rollout", "score", "train"]
+PHASES: tuple[RLPhase, ...] = typing.get_args(RLPhase)
+State = Literal["resident", "backed up", "dropped", "between"]
+Restored = Literal["nothing", "copy", "recompute"]
+TOLERANCE = 64 * 2**20  # what the memory of a process varies by itself between two looks
+RECORDED = 10_000  # transitions, the last ones
+
+
+class Tenant(Protocol):
+    """What can leave a device. `restored`: what makes its contents good when it is back: nothing (they are not
+    needed), a copy, or computing them again.
+
+    What must hold: release and restore may fail or be interrupted anywhere, and may then both be called, in any order
+    and more than once; what was there before the first release is there after the last restore. There is never more of
+    it on the device than its lease says.
+    """
+
+    restored: Restored
+
+    @property
+    def resident(self) -> int:
+        """Bytes that it has on the device now, as the device says."""
+
+    def release(self) -> int:
+        """Leave the device. Returns the bytes that were copied for it."""
+
+    def restore(self) -> int:
+        """Come back, at the same addresses. Returns the bytes that were copied for it."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """So many bytes of a device at most, for one tenant. `state` "between": it was left half-way, and counts whole."""
+
+    tag: str
+    bytes: int
+    phases: frozenset[RLPhase]
+    restored: Restored
+    state: State
+
+    @property
+    def counted(self) -> int:
+        return 0 if self.state in ("backed up", "dropped") else self.bytes
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What happened. `before` and `after` are phases, empty for none; `moved`, bytes that were copied, back too;
+    `failed`, what did; empty: nothing.
+    """
+
+    before: str
+    wanted: str
+    after: str
+    seconds: float
+    moved: int
+    failed: str = ""
+
+
+class Ledger:
+    """The leases of one device. One process has a device's ledger at a time, and one thread a phase.
+
+    budget: "24GB", or bytes as an int. measure: bytes in use on the device; None: of a CPU, this process's resident
+    memory. tolerance: bytes by which that may differ from what tenants say they have. folder: see DeviceLock.
+    """
+
+    def __init__(
+        self,
+        budget: str | int,
+        device: str = "cpu",
+        *,
+        measure: Callable[[], int] | None = None,
+        tolerance: str | int = TOLERANCE,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if measure is None and device != "cpu":
+            raise MemplanError(
+                f"nobody says how much of {device!r} is in use: give measure, a function of no arguments"
+            )
+        self.budget, self.tolerance = parse_bytes(budget), parse_bytes(tolerance)
+        self.device, self._measure = device, measure or memory.resident
+        self.leases: dict[str, Lease] = {}
+        self.transitions: deque[Transition] = deque(maxlen=RECORDED)
+        self.at = ""  # the phase that all leases are as they should be for; empty: none
+        self._tenants: dict[str, Tenant] = {}
+        self._inside: dict[str, tuple[str, object]] = {}  # by device: the phase that a thread is in, and its visit
+        self._moved = 0
+        self._lock = DeviceLock(device, folder)
+        self._beside = self._measure()
+
+    def close(self) -> None:
+        """Let another process have the device."""
+        self._lock.close()
+
+    # ---- leases
+
+    def lease(self, tag: str, tenant: Tenant, size: str | int, phases: Iterable[RLPhase]) -> Lease:
+        """Bytes for a tenant, in some phases. Raises MemplanError, and nothing is leased, where they are not there.
+
+        What is on the device by now and belongs to no tenant is taken to stay.
+        """
+        for inside, _ in self._inside.values():
+            raise MemplanError(f"{tag!r} cannot be leased inside phase {inside!r}: make leases between phases")
+        if tag in self.leases:
+            raise MemplanError(f"{tag!r} has a lease already, of {human(self.leases[tag].bytes)}: end it first")
+        wanted = frozenset(_known(phase) for phase in ((phases,) if isinstance(phases, str) else phases))
+        if not wanted:
+            raise MemplanError(f"no phase needs {tag!r}: name some of {', '.join(PHASES)}")
+        there = tenant.resident
+        made = Lease(tag, parse_bytes(size), wanted, tenant.restored, "resident" if there else "dropped")
+        if there > made.bytes:
+            raise MemplanError(f"{tag!r} has {human(there)} on the device, more than its lease of {human(made.bytes)}")
+        self._check_budget(made)
+        if there:
+            self._check_room(made)
+        self._tenants[tag] = tenant
+        self.leases[tag] = made
+        self._beside = self._measure() - sum(self._reported().values())
+        self.at = ""
+        return made
+
+    def end(self, tag: str) -> None:
+        """Forget a lease, as of an engine that died. What its tenant still has is then nobody's: see `accept`."""
+        if tag not in self.leases:
+            raise MemplanError(f"no lease {tag!r}: there are {sorted(self.leases)}{did_you_mean(tag, self.leases)}")
+        del self.leases[tag]
+        del self._tenants[tag]
+
+    def accept(self) -> None:
+        """Take what is on the device as it is: what belongs to no tenant stays, and what a tenant has that should have
+        left is released again by the next transition.
+        """
+        reported = self._reported()
+        for tag, lease in self.leases.items():
+            if reported[tag] > lease.counted:
+                self.leases[tag] = replace(lease, state="between")
+        self._beside = self._measure() - sum(reported.values())
+
+    def needed(self, phase: RLPhase) -> dict[str, int]:
+        """Bytes by tag of what a phase needs."""
+        return {lease.tag: lease.bytes for lease in self.leases.values() if _known(phase) in lease.phases}
+
+    def _check_budget(self, made: Lease) -> None:
+        both = [*self.leases.values(), made]
+        for phases in (PHASES, *((phase,) for phase in PHASES)):
+            part = [lease for lease in both if lease.phases.issuperset(phases)]
+            if (needed := sum(lease.bytes for lease in part)) > self.budget:
+                what = "must always be resident" if phases == PHASES else f"phase {phases[0]!r} needs"
+                raise MemplanError(
+                    f"budget {human(self.budget)} is smaller than what {what}, {human(needed)}: "
+                    + ", ".join(f"{lease.tag} {human(lease.bytes)}" for lease in part)
+                )
+
+    # ---- phases
+
+    @contextlib.contextmanager
+    def phase(self, name: RLPhase) -> Iterator[None]:
+        """Inside the block, what the phase needs is on the device, and nothing else. It stays so after the block.
+
+        Raises MemplanError where that cannot be, and what was there before is there again, if it can be.
+        """
+        visit = (_known(name), object())
+        try:
+            try:
+                first = self._inside.setdefault(self.device, visit)  # at once, for threads and for interrupts
+                if first is not visit:
+                    raise MemplanError(
+                        f"phase {name!r} is asked for inside phase {first[0]!r}: end that one first; a device is in "
+                        "one phase at a time"
+                    )
+                self._enter(name)
+                yield
+            finally:
+                self._leave(visit)
+        finally:
+            self._leave(visit)  # again, where that was interrupted
+
+    def _leave(self, visit: tuple[str, object]) -> None:
+        if self._inside.get(self.device) is visit:
+            del self._inside[self.device]
+
+    def _enter(self, name: RLPhase) -> None:
+        start, before, failed = time.perf_counter(), self.at, ""
+        self._moved = 0
+        try:
+            self._confirm()  # nothing has moved: there is nothing to bring back
+            self._transition(name)
+        except BaseException as error:
+            failed = f"{type(error).__name__}: {error}"
+            if isinstance(error, Exception):
+                kept = f"{self.at!r} is as it was" if self.at else "no phase is set up, and the next starts from there"
+                raise MemplanError(f"phase {name!r} is not entered: {error}; {kept}") from error
+            raise
+        finally:
+            seconds = time.perf_counter() - start
+            self.transitions.append(Transition(before, name, self.at, seconds, self._moved, failed))
+
+    def _transition(self, name: RLPhase) -> None:
+        before, resident = self.at, {lease.tag for lease in self.leases.values() if lease.state == "resident"}
+        self.at = ""
+        try:
+            self._move(set(self.needed(name)))
+        except BaseException as error:
+            try:
+                self._move(resident)
+                self.at = before
+            except Exception as second:
+                error.add_note(f"and what was there before is not back: {second}")
+            raise
+        self.at = name
+
+    def _move(self, wanted: set[str]) -> None:
+        """Make these resident, and no others, from whatever is there."""
+        for lease in list(self.leases.values()):
+            if lease.tag not in wanted and lease.counted:
+                self._release(lease)
+        self._confirm()
+        for lease in list(self.leases.values()):
+            if lease.tag in wanted and lease.state != "resident":
+                self._restore(lease)
+        self._confirm()
+
+    def _release(self, lease: Lease) -> None:
+        self.leases[lease.tag] = replace(lease, state="between")
+        with _named(lease, "left"):
+            self._moved += self._tenants[lease.tag].release()
+        self.leases[lease.tag] = replace(lease, state="backed up" if lease.restored == "copy" else "dropped")
+
+    def _restore(self, lease: Lease) -> None:
+        self._check_room(lease)
+        self.leases[lease.tag] = replace(lease, state="between")
+        with _named(lease, "come back"):
+            self._moved += self._tenants[lease.tag].restore()
+        self.leases[lease.tag] = replace(lease, state="resident")
+
+    def _check_room(self, lease: Lease) -> None:
+        others = [other for other in self.leases.values() if other.tag != lease.tag and other.counted]
+        room = self.budget - sum(other.counted for other in others)
+        if lease.bytes > room:
+            raise MemplanError(
+                f"no room for {lease.tag!r}, {human(lease.bytes)}: budget {human(self.budget)} has {human(room)} "
+                "beside " + ", ".join(f"{other.tag} {human(other.bytes)} ({other.state})" for other in others)
+            )
+
+    def _reported(self) -> dict[str, int]:
+        return {tag: tenant.resident for tag, tenant in self._tenants.items()}
+
+    def _confirm(self) -> None:
+        """Compare with what tenants and the device say. Raises MemplanError, with both figures."""
+        reported = self._reported()
+        for tag, there in reported.items():
+            lease = self.leases[tag]
+            if there > lease.counted:
+                raise MemplanError(
+                    f"{tag!r} has {human(there)} on the device, and its lease, {lease.state}, has "
+                    f"{human(lease.counted)}: was it written to after its release, or has it grown? accept() has it "
+                    "released again"
+                )
+        total, found = sum(reported.values()), self._measure() - self._beside
+        if abs(found - total) > self.tolerance:
+            raise MemplanError(
+                f"{self.device!r} says that {human(found)} are in use, and leases that it is {human(total)}: something "
+                f"came or went behind the ledger's back; free it, or accept() it if it is to stay"
+            )
+
+
+def _known(phase: str) -> RLPhase:
+    if phase not in PHASES:
+        raise MemplanError(f"no phase {phase!r}: there are {', '.join(PHASES)}{did_you_mean(str(phase), PHASES)}")
+    return phase
+
+
+@contextlib.contextmanager
+def _named(lease: Lease, what: str) -> Iterator[None]:
+    """Errors of a tenant say whose they are."""
+    try:
+        yield
+    except Exception as error:
+        raise MemplanError(
+            f"{lease.tag!r}, {human(lease.bytes)}, has not {what}: {type(error).__name__}: {error}"
+        ) from error
