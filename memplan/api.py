@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from memplan.ir import Machine, Plan, Timeline
+from memplan.ir import Budget, Machine, Plan, Timeline
 from memplan.options import Options, read_budget
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan(
     step: Callable[..., Any],
     *batch: Any,
-    budget: str | int | float | None = None,
+    budget: str | int | float | Budget | None = None,
     machine: str | Machine | None = None,
     policy: Any = "optimal",
     inner: str = "inductor",
@@ -30,7 +30,7 @@ def plan(
     """The plan for `step(*batch)` inside `budget`, made on fake tensors.
 
     step: returns the loss, or calls .backward() on it; its modules may be on any device, "meta" included.
-    budget: "24GB", "50%", 0.5, or bytes as an int; None: the whole machine.
+    budget: "24GB", "50%", 0.5, bytes as an int, or what a ledger's budget_for returns; None: the whole machine.
     machine: whose memory and speed to plan for: a name, a machine file of `memplan calibrate`, or a memplan.Machine;
         None: this one, where each op is run alone once, on zeros, to learn the memory inside it. For another machine
         nothing is run at all.
@@ -122,7 +122,7 @@ def _asked(**given: Any) -> tuple[Partitioner, Options]:
 def compile(
     step: Callable[..., Any],
     *,
-    budget: str | int | float | None = None,
+    budget: str | int | float | Budget | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
     **options: Any,

@@ -422,6 +422,7 @@ class Budget:
     """The largest peak allowed on the device. `available` is what is left for the step's own bytes.
 
     `host_bytes`: the most that may be in the host's memory at a time; 0: nothing is offloaded there.
+    `others`: what else is there while the step runs, by name, as of a ledger's leases.
     """
 
     bytes: int
@@ -429,6 +430,7 @@ class Budget:
     reserve: float = 0.0  # the fraction held back against fragmentation
     note: str = ""  # how it was read: "clamped to the device's 24.0 GB"
     host_bytes: int = 0
+    others: tuple[tuple[str, int], ...] = ()
 
     @property
     def reserve_bytes(self) -> int:
@@ -436,7 +438,12 @@ class Budget:
 
     @property
     def available(self) -> int:
-        return self.bytes - self.fixed_bytes - self.reserve_bytes
+        return self.bytes - self.reserve_bytes - sum(size for _, size in self.beside)
+
+    @property
+    def beside(self) -> tuple[tuple[str, int], ...]:
+        """What is there throughout and not the step's, by name, but for what is held back."""
+        return (("context", self.fixed_bytes), *self.others) if self.fixed_bytes else self.others
 
     def leaving(self, available: int) -> Budget:
         """One that leaves so many bytes for the step, and the same beside the device."""
@@ -444,7 +451,8 @@ class Budget:
 
     def needed_for(self, peak: int) -> int:
         """The smallest budget of this kind that leaves `peak` bytes for the step."""
-        size = int((peak + self.fixed_bytes) / (1 - self.reserve)) - 2  # the reserve is rounded down: look from below
+        there = sum(size for _, size in self.beside)
+        size = int((peak + there) / (1 - self.reserve)) - 2  # the reserve is rounded down: look from below
         while dataclasses.replace(self, bytes=size).available < peak:
             size += 1
         return size
@@ -662,7 +670,7 @@ class Plan:
 
     def with_others(self) -> Plan:
         """The plan, its timeline with what the budget leaves to others."""
-        held = (("context", self.budget.fixed_bytes), ("fragmentation reserve", self.budget.reserve_bytes))
+        held = (*self.budget.beside, ("fragmentation reserve", self.budget.reserve_bytes))
         end = len(self.timeline.moments)
         others = tuple(Block(name, size, "temporary", 0, end) for name, size in held if size)
         return dataclasses.replace(self, timeline=dataclasses.replace(self.timeline, others=others))

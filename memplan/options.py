@@ -36,7 +36,8 @@ _LIMITS = ("batch", "tokens")  # the first and the second dimension of inputs
 class Options:
     """What one compile was asked to do.
 
-    `budget`: "24GB", "50%", a fraction as a float, bytes as an int; None: the whole device.
+    `budget`: "24GB", "50%", a fraction as a float, bytes as an int; a Budget, of which bytes and others count, as a
+    ledger makes it; None: the whole device.
     `host_budget`: the most that may be off the device in the host's memory, written as a budget is, 0 for none; None:
     half of the host's free memory, and none where the device has no memory of its own.
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on; else a name, a
@@ -52,7 +53,7 @@ class Options:
     `cost`: the model that prices ops (passes/pricing.py); None: "fused" under Inductor, "roofline-v1" under eager.
     """
 
-    budget: str | int | float | None = None
+    budget: str | int | float | Budget | None = None
     policy: Any = "optimal"
     machine: Machine | None = None
     inner: Literal["inductor", "eager"] = "inductor"
@@ -80,7 +81,7 @@ class Options:
                 raise MemplanError(f"no option {name!r}: there are {', '.join(known)}{did_you_mean(str(name), known)}")
         from_environment = {name: environ[key] for name, key in _ENVIRONMENT.items() if environ.get(key)}
         values = from_environment | {name: value for name, value in given.items() if value is not None}
-        if "budget" in values:
+        if not isinstance(values.get("budget", Budget(0)), Budget):
             _amount(values["budget"])
         if "host_budget" in values:
             _host_amount(values["host_budget"])
@@ -164,12 +165,12 @@ def _sizes(limits: object) -> tuple[tuple[str, int], ...]:
 
 
 def read_budget(
-    value: str | int | float | None,
+    value: str | int | float | Budget | None,
     machine: Machine,
     device_total: int | None = None,
     host: str | int | float | None = None,
 ) -> Budget:
-    """The budget in bytes: "24GB", "50%" or 0.5 of the device, an int of bytes; None is the whole device.
+    """The budget in bytes: "24GB", "50%" or 0.5 of the device, an int of bytes, a Budget; None is the whole device.
 
     `device_total`: the device's memory where it is known better than the machine's table entry.
     `host`: the host budget, likewise of this host's free memory; None: half of it, and nothing of a unified machine's.
@@ -177,6 +178,8 @@ def read_budget(
     """
     total = machine.memory_bytes if device_total is None else device_total
     note = ""
+    others = value.others if isinstance(value, Budget) else ()
+    value = value.bytes if isinstance(value, Budget) else value
     if value is None:
         size, note = total, "the whole device"
     else:
@@ -186,8 +189,8 @@ def read_budget(
             size, note = total, f"clamped from {human(size)} to the device's {human(total)}"
     off = _host_bytes(host, machine)
     if machine.device == "cpu":  # counted in the allocator's own bytes, so nothing else is in the way
-        return Budget(size, note=note, host_bytes=off)
-    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note, off)
+        return Budget(size, note=note, host_bytes=off, others=others)
+    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note, off, others)
 
 
 def _host_bytes(given: str | int | float | None, machine: Machine) -> int:

@@ -28,6 +28,7 @@ from typing import Literal, Protocol
 
 from memplan import memory
 from memplan.errors import MemplanError, did_you_mean
+from memplan.ir import Budget
 from memplan.runtime.device_lock import DeviceLock
 from memplan.units import human, parse_bytes
 
@@ -172,6 +173,19 @@ class Ledger:
     def needed(self, phase: RLPhase) -> dict[str, int]:
         """Bytes by tag of what a phase needs."""
         return {lease.tag: lease.bytes for lease in self.leases.values() if _known(phase) in lease.phases}
+
+    def budget_for(self, phase: RLPhase, own: Iterable[str]) -> Budget:
+        """The budget of a step that runs in a phase: all of the ledger's, less what else the phase needs.
+
+        own: tags of what the plan of the step counts itself: its parameters, gradients and optimizer states, the memory
+        that it runs in. For option `budget`; timelines show the rest as held by others.
+        """
+        needed, counted = self.needed(phase), set((own,) if isinstance(own, str) else own)
+        if unknown := counted - set(needed):
+            tag = min(unknown)
+            hint = did_you_mean(tag, needed)
+            raise MemplanError(f"phase {phase!r} needs no {tag!r}: own has tags of its leases, {sorted(needed)}{hint}")
+        return Budget(self.budget, others=tuple((tag, size) for tag, size in needed.items() if tag not in counted))
 
     def _check_budget(self, made: Lease) -> None:
         both = [*self.leases.values(), made]

@@ -1,4 +1,4 @@
-"""An arena as a tenant of the ledger.
+"""Tenants of the ledger that are in an arena: all of one, or tensors that are moved there.
 
 In: an arena, and what makes its contents good again: nothing, a copy, or a function that computes them. Out: a Tenant.
 A copy has its place from the start, so that no step lacks it: on a CPU a file in the folder for temporary files, whose
@@ -7,13 +7,14 @@ pages the system can write out. The same contents are never copied twice, and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from memplan.errors import MemplanError
 from memplan.runtime import host_pool
 from memplan.runtime.arena import Arena
+from memplan.runtime.host_pool import ALIGNMENT, rounded
 from memplan.runtime.ledger import Restored
 
 
@@ -56,3 +57,24 @@ class ArenaTenant:
             self._fill()
         self._away = False
         return moved
+
+
+def moved_in(tensors: Iterable[torch.Tensor]) -> ArenaTenant:
+    """Move tensors into an arena of their own, which is restored by copy: parameters, the states of an optimizer.
+
+    They stay the same objects, of the same values and strides. What else looks at their memory, as a view does, still
+    looks at the old one; so tensors that share a storage are refused with MemplanError, and nothing is moved.
+    """
+    given = list({id(t): t for t in tensors}.values())
+    if len({t.untyped_storage().data_ptr() for t in given if t.nbytes}) < len([t for t in given if t.nbytes]):
+        raise MemplanError(
+            "some of the tensors share a storage, and would part: give one of them, and tie others to it"
+        )
+    like = [torch.empty_like(t, device="meta") for t in given]  # without gaps
+    sizes = [rounded(max(t.nbytes, 1), ALIGNMENT) for t in like]
+    tenant = ArenaTenant(Arena.reserve(sum(sizes)), "copy")
+    tenant.restore()
+    for k, (t, to) in enumerate(zip(given, like, strict=True)):
+        place = tenant.arena.tensor(sum(sizes[:k]), to.shape, to.dtype, to.stride())
+        t.data = place.copy_(t.detach())
+    return tenant

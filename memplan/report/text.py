@@ -157,11 +157,8 @@ def _peak(timeline: Timeline) -> list[str]:
 
 def _budget(plan: Plan) -> str:
     budget = plan.budget
-    held = [
-        f"{human(size)} {what}"
-        for size, what in ((budget.fixed_bytes, "context"), (budget.reserve_bytes, "fragmentation reserve"))
-        if size
-    ]
+    beside = (*budget.beside, ("fragmentation reserve", budget.reserve_bytes))
+    held = [f"{human(size)} {what}" for what, size in beside if size]
     left = f" less {' and '.join(held)}: {human(budget.available)} for the step" if held else ""
     lines = f"budget {human(budget.bytes)}{left}" + (f" ({budget.note})" if budget.note else "")
     if plan.offloads:

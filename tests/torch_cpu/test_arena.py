@@ -10,7 +10,7 @@ from memplan import memory
 from memplan.errors import MemplanError
 from memplan.runtime import arena as arenas
 from memplan.runtime.arena import Arena
-from memplan.runtime.tenants import ArenaTenant
+from memplan.runtime.tenants import ArenaTenant, moved_in
 
 MIB = 2**20
 CHUNK = 2 * MIB
@@ -77,15 +77,10 @@ def test_a_module_trains_over_it_with_views_and_gradients(one_thread: None) -> N
             step()
         return [p.detach().clone() for p in net.parameters()]
 
-    tenant = ArenaTenant(Arena.reserve(4 * MIB), "copy")
-
     def moved(net, optimizer):
-        tenant.restore()
-        offset = 0
-        for t in [*net.parameters(), *(s for states in optimizer.state.values() for s in states.values())]:
-            into = tenant.arena.tensor(offset, t.shape, t.dtype, t.stride()).copy_(t.detach())
-            t.data = into
-            offset += -(-into.nbytes // 64) * 64
+        states = (s for states in optimizer.state.values() for s in states.values())
+        tenant = moved_in([*net.parameters(), *states])
+        assert tenant.resident == tenant.arena.size
         places = [p.data_ptr() for p in net.parameters()]
 
         def away() -> None:
@@ -97,6 +92,19 @@ def test_a_module_trains_over_it_with_views_and_gradients(one_thread: None) -> N
 
     stayed = trained(lambda net, optimizer: lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(stayed, trained(moved), strict=True))
+
+
+def test_moving_in_keeps_values_strides_and_objects() -> None:
+    tensors = [torch.arange(6.0).view(2, 3).T, torch.tensor(3), torch.empty(0, 4), torch.arange(12)[::2]]
+    values, places = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
+    tenant = moved_in([*tensors, tensors[0]])
+    tenant.release()
+    tenant.restore()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+    assert tensors[0].stride() == (1, 3) and tensors[0].data_ptr() != places[0]
+    tied = torch.ones(8)
+    with pytest.raises(MemplanError, match="share a storage"):
+        moved_in([torch.ones(3), tied, tied.view(2, 4)])
 
 
 def test_tensors_are_storages_of_their_own() -> None:

@@ -268,18 +268,22 @@ def interrupted_at(line: int) -> Iterator[Callable[[], bool]]:
         sys.settrace(before)
 
 
-@pytest.mark.parametrize("fault", [0, 5, 18])
-def test_interrupted_before_any_line(fault: int, made: Callable[..., World], one_thread: None) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "fault"), [("train", "score", 0), ("rollout", "train", 5), ("train", "rollout", 14)]
+)
+def test_interrupted_before_any_line(
+    before: str, after: str, fault: int, made: Callable[..., World], one_thread: None
+) -> None:
     """Of a transition, and of the way back from one that fails at a point; until no line is left."""
     world = made(2**14, real=False)
     for line in itertools.count(1):
-        world.enter("rollout")
+        world.enter(before)
         world.faults.arm({fault: RuntimeError})
         with interrupted_at(line) as came:
             try:
-                with world.ledger.phase("train"):
+                with world.ledger.phase(after):
                     sys.settrace(None)
-                    world.check("train")
+                    world.check(after)
             except (KeyboardInterrupt, MemplanError):
                 pass
         world.faults.arm({})

@@ -220,6 +220,17 @@ def test_one_phase_at_a_time(ledger: Ledger) -> None:
     enter(ledger, "train")
 
 
+def test_what_it_leaves_for_a_plan(ledger: Ledger, device: Device) -> None:
+    ledger.lease("reference", Tenant(device, "reference", 15), 15, ("score", "train"))
+    budget = ledger.budget_for("train", own=("weights", "optimizer"))
+    assert (budget.bytes, budget.others, budget.available) == (100, (("reference", 15),), 85)
+    assert ledger.budget_for("rollout", own=()).others == (("weights", 20), ("kv_cache", 70))
+    assert "phase 'train' needs no 'kv_cache': own has tags of its leases" in refused(
+        lambda: ledger.budget_for("train", own=("kv_cache",))
+    )
+    assert ledger.budget_for("train", own="weights").available == 25
+
+
 # ---- behind its back
 
 

@@ -125,6 +125,14 @@ def test_what_is_given_comes_before_the_environment(monkeypatch: pytest.MonkeyPa
     assert Options.read({}).budget == "7GB"
 
 
+def test_a_budget_that_a_ledger_made() -> None:
+    shared = Budget(12 * 10**9, others=(("engine", 10**9),))
+    assert Options.read({"budget": shared}, {"MEMPLAN_BUDGET": "1GB"}).budget == shared
+    assert read_budget(shared, CPU) == dataclasses.replace(read_budget("12GB", CPU), others=shared.others)
+    assert read_budget(shared, GPU).available == read_budget("12GB", GPU).available - 10**9
+    assert "clamped" in read_budget(dataclasses.replace(shared, bytes=80 * 10**9), GPU).note
+
+
 def test_the_host_budget() -> None:
     """Half of what is free, unless host and device share one memory or it is said; 0 is none."""
     free = memory.available()

@@ -38,6 +38,23 @@ def test_a_plan_has_what_its_budget_leaves_to_others(plan: Plan) -> None:
     assert plan.with_others() == plan  # nothing is held where nothing is
 
 
+def test_a_budget_shared_with_others(plan: Plan) -> None:
+    """What they hold is no step's, is in front of the budget that is needed, and is named."""
+    budget = Budget(10**9, 10**8, 0.01, others=(("engine", 3 * 10**8), ("reference", 10**8)))
+    assert budget.available == 10**9 - 10**8 - 10**7 - 4 * 10**8
+    for peak in (1, 123456789, 10**9):
+        least = budget.needed_for(peak)
+        assert dataclasses.replace(budget, bytes=least).available >= peak
+        assert dataclasses.replace(budget, bytes=least - 1).available < peak
+    held = dataclasses.replace(plan, budget=budget).with_others()
+    names = [b.name for b in held.timeline.others]
+    assert names == ["context", "engine", "reference", "fragmentation reserve"]
+    assert sum(b.bytes for b in held.timeline.others) == budget.bytes - budget.available
+    says = "less 100.0 MB context and 300.0 MB engine and 100.0 MB reference and 10.00 MB fragmentation reserve"
+    assert says in str(held)
+    assert serialize.from_json(serialize.to_json(held), Plan) == held
+
+
 def test_it_is_in_no_total_and_in_files(shared: Timeline, timeline: Timeline, tmp_path: Path) -> None:
     assert shared.totals == timeline.totals and shared.alive() == timeline.alive()
     assert shared.beside == BESIDE
