@@ -12,7 +12,8 @@ What must hold, whatever fails or is interrupted and wherever: what is on the de
 next phase works. So what a lease is about to become is written down before its tenant is called: one that was left
 half-way counts whole until a later transition has finished it.
 Bytes on the device are what `measure` says, above what it said beside the leases when the last of them was made: that
-is not in the budget, as on a CPU nothing is that torch's allocator does not give.
+is not in the budget, as on a CPU nothing is that torch's allocator does not give. At a transition it must be what the
+tenants have: what a block allocates is gone by then (gradients too), or has a lease, or is accepted.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class Ledger:
     def lease(self, tag: str, tenant: Tenant, size: str | int, phases: Iterable[RLPhase]) -> Lease:
         """Bytes for a tenant, in some phases. Raises MemplanError, and nothing is leased, where they are not there.
 
-        What is on the device by now and belongs to no tenant is taken to stay.
+        What is on the device by now and belongs to no tenant is taken to stay. Tenants leave, and come back, in the
+        order of their leases: one that is computed again from others comes after them.
         """
         for inside, _ in self._inside.values():
             raise MemplanError(f"{tag!r} cannot be leased inside phase {inside!r}: make leases between phases")

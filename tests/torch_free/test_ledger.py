@@ -336,9 +336,9 @@ HOLD = """
 import os, sys
 from memplan.runtime.ledger import Ledger
 ledger = Ledger("1GB", folder=sys.argv[1])
-worker = os.fork() if len(sys.argv) > 2 else 1
-if worker:
-    print("held", worker, flush=True)
+worker = os.fork() if len(sys.argv) > 2 else 0
+if worker == 0:  # the last one that there is
+    print("held", flush=True)
 sys.stdin.read()
 """
 
