@@ -133,7 +133,7 @@ def _rank(arguments: argparse.Namespace) -> int:
     _check_out(report.Ranking, arguments.out, arguments.force)
     targets = [machine(name) for name in _listed(arguments.machines)]
     with _progress("reading steps") as status:
-        chosen = {name: _step(name, targets[0], arguments.cost) for name in _listed(arguments.steps) or steps.names()}
+        chosen = {name: _step(name, targets[0], arguments.cost) for name in _steps(arguments.steps)}
         found = rank(
             chosen,
             targets,
@@ -151,6 +151,10 @@ def _rank(arguments: argparse.Namespace) -> int:
 
 def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _steps(text: str | None) -> list[str]:
+    return steps.names() if text == "all" else _listed(text) or [steps.USUAL]
 
 
 def _step(name: str, target: Machine, cost: CostModel) -> Step:
@@ -286,7 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--steps",
         metavar="NAMES",
-        help=f"recorded steps ({', '.join(steps.names())}), saved .json, or FILE.py:make_step; default all recorded",
+        help=f'recorded steps ({", ".join(steps.names())}), saved .json, or FILE.py:make_step; "all": all '
+        f"recorded, which takes many minutes; default {steps.USUAL}",
     )
     command.add_argument("--budgets", metavar="SIZES", help="inside what, 6GB,12GB; default each step's own range")
     command.add_argument(

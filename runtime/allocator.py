@@ -27,6 +27,12 @@ _LIBRARY = re.compile(r"(^|/)(torch|memplan/passes|memplan/runtime)/|^<|(^|/)c[a
 _PYTHON = (torch._C._profiler._ExtraFields_PyCall, torch._C._profiler._ExtraFields_PyCCall)
 
 gives_way: list[Callable[[], None]] = []  # how to end what has the profiler; as many as there are profilers
+still_open: list[Callable[[], bool]] = []  # whether something runs that a profiler which has ended saw the beginning of
+
+
+def may_start() -> bool:
+    """Whether a profiler may start here, and run on."""
+    return not any(runs() for runs in still_open)
 
 
 def interrupt() -> None:

@@ -2,7 +2,8 @@
 
 In: a device. Out: the Recording since the last start. It starts anew after a backward, where SECONDS have passed; a
 loop that never calls backward is recorded as a whole. It gives way to whoever else needs the profiler (recordings,
-plans that are being made, Dynamo), and is back after the next backward.
+plans that are being made, Dynamo), and is back after the next backward, or, where it had to stop inside of something,
+the one after that: what it made way for may not have been able to start either.
 What must hold: a profile is stopped only in the thread that started it, and not inside of a backward. It is not
 started inside of Dynamo, whose frames torch's profiler cannot follow (torch 2.13, Python 3.11: the heap is corrupted),
 nor inside of what an earlier one may have seen the beginning of (allocator.py): a record_function, or what Dynamo made.
@@ -28,7 +29,7 @@ from torch._dynamo.callback import callback_handler
 from torch.autograd.profiler import record_function
 
 from memplan.errors import MemplanError
-from memplan.runtime.allocator import gives_way
+from memplan.runtime.allocator import gives_way, still_open
 from memplan.runtime.recorder import Recording, record
 from memplan.runtime.window import in_backward
 
@@ -45,14 +46,15 @@ class Rolling:
         self.seen: Recording | None = None
         self.closed = False
         self.scopes = 0  # record_functions that have begun, and not ended
-        self.cut = False  # stopped inside of something
+        self.cut = False  # it was stopped inside of something that may still run
+        still_open.append(self._runs_on)
         self._start()
 
     def _start(self) -> None:
         self.seen = self.running.enter_context(record(self.device, lines=True))
         self.running.callback(gives_way.remove, self.give_way)
         gives_way.append(self.give_way)
-        self.since, self.cut = time.monotonic(), False
+        self.since = time.monotonic()
 
     def turn(self, _: Any = None) -> None:
         """Start anew, if that is due and possible."""
@@ -60,7 +62,9 @@ class Rolling:
             return
         if self._inside() and (self.cut or self.seen is not None):
             return
-        if self.seen is None or time.monotonic() - self.since > SECONDS:
+        if self.cut:
+            self.cut = False
+        elif self.seen is None or time.monotonic() - self.since > SECONDS:
             self.give_way()
             with contextlib.suppress(MemplanError):  # somebody else's profiler: the next turn tries again
                 self._start()
@@ -68,13 +72,14 @@ class Rolling:
     def give_way(self, _: Any = None) -> None:
         """Stop recording, up to the next turn; what was seen is dropped."""
         if not in_backward() and threading.get_ident() == self.thread:
-            self.cut = self.cut or self._inside()
+            self.cut = self.cut or (self.seen is not None and self._inside())
             self.running.close()
             self.seen = None
 
     def close(self) -> Recording | None:
         """Stop for good. Returns what was seen since the last start."""
         self.closed = True
+        still_open.remove(self._runs_on)
         self.running.close()
         return self.seen
 
@@ -87,6 +92,10 @@ class Rolling:
             _around_scopes(self._scope),
         ):
             yield
+
+    def _runs_on(self) -> bool:
+        """Whether something runs that the last recording saw the beginning of."""
+        return self.cut and self._inside()
 
     def _inside(self) -> bool:
         """Whether something runs now that a profiler writes down at its end."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch._dynamo.callback import callback_handler
 
-from memplan.runtime.allocator import AllocatorLog, Event, gives_way, interrupt
+from memplan.runtime.allocator import AllocatorLog, Event, gives_way, interrupt, may_start
 
 # What ends a session: after a backward, and before another profiler starts.
 _PLACES = (
@@ -48,7 +48,7 @@ class Session:
         self.log: AllocatorLog | None = None
         interrupt()
         self.cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if not self.cuda and not torch._C._autograd._profiler_enabled():
+        if not self.cuda and not torch._C._autograd._profiler_enabled() and may_start():
             self.log = AllocatorLog()
         self.thread = threading.get_ident()  # a profile can only be stopped where it was started
         self.patches = [self._wrapped(*place) for place in _PLACES]

@@ -36,6 +36,7 @@ from memplan.serialize import from_json
 __all__ = ["load", "names"]
 
 SUFFIX = ".json.gz"
+USUAL = "llama8b_layers_4k_v32000"  # what is ranked where nothing else is asked for
 
 
 def names() -> list[str]:

@@ -57,7 +57,7 @@ def test_a_plan_takes_the_file(measured: Measured, tmp_path: Path) -> None:
     )
     assert fused.machine == measured.machine
     assert (fused.step.cost, alone.step.cost) == ("fused", "roofline-v1")
-    assert " (fused); policy greedy on cpu measured, inner inductor" in str(fused)
+    assert " (fused); policy optimal on cpu measured, inner inductor" in str(fused)
     assert 0 < fused.base_seconds < alone.base_seconds
 
 

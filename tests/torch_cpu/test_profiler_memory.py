@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 import memplan
 from memplan.runtime import rolling
+from memplan.runtime.allocator import interrupt
 from memplan.runtime.window import Session
 
 SIZES = (64, 256, 1024, 4096, 8192, 16384, 20000, 32768, 65536)
@@ -42,10 +43,10 @@ for _ in range(40):
 """
 
 
-def damaged(first: Callable[[], None], second: Callable[[], None]) -> list[int]:
+def damaged(first: Callable[[], None], second: Callable[[], None], tries: int = TRIES) -> list[int]:
     """Sizes of tensors of zeros, made between `first` and `second`, that are not zeros after the scope around both."""
     found = list[int]()
-    for _ in range(TRIES):
+    for _ in range(tries):
         with record_function("a scope"):
             first()
             zeros = [torch.zeros(n) for n in SIZES for _ in range(60)]
@@ -98,13 +99,42 @@ def test_the_rolling_recording_stays_out_of_scopes(tmp_path: Path, monkeypatch: 
         def backward() -> None:
             (weight * 2).sum().backward()
 
-        backward()
         assert damaged(backward, backward) == []
-        assert damaged(memplan_interrupt, backward) == []
-        backward()  # and here it starts again
-        assert torch._C._autograd._profiler_enabled()
+        assert recording()
+        for _ in range(TRIES):
+            assert damaged(give_way, backward, tries=1) == []
+            assert not recording()
+            backward()  # it leaves a step to others
+            assert not recording()
+            backward()
+            assert recording()
 
 
-def memplan_interrupt() -> None:
+def test_a_session_where_the_rolling_recording_was_cut_short(tmp_path: Path) -> None:
+    """It cannot measure there; the next one can."""
+    weight = torch.ones(10, requires_grad=True)
+    sessions = list[Session]()
+
+    def start() -> None:
+        sessions.append(Session())
+
+    with memplan.on_oom(tmp_path / "oom.json"):
+        for _ in range(TRIES):
+            assert recording()
+            assert damaged(give_way, start, tries=1) == []
+            assert sessions[-1].log is None
+            sessions[-1].end()
+            (weight * 2).sum().backward()
+            assert damaged(give_way, start, tries=1) == []
+            assert sessions[-1].log is not None
+            (weight * 2).sum().backward()
+            assert sessions[-1].events
+
+
+def recording() -> bool:
+    return torch._C._autograd._profiler_enabled()
+
+
+def give_way() -> None:
     work()
-    memplan.runtime.allocator.interrupt()
+    interrupt()

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from memplan.ir import Machine, Offload, Step
+from memplan.ir import Machine, Offload, Run, Step
 from memplan.passes import copies
 from memplan.passes.schedule import schedule
 from memplan.passes.simulate import copying, peak
@@ -39,6 +39,8 @@ def _all(step: Step, machine: Machine, offload: bool) -> Iterator[Outcome]:
         order = [run for own in runs for run in own]
         if any(step.ops[run.op].fixed for run in order if run.again):
             continue
+        if not saved <= read_later(step, runs):  # it is not kept then, and the same as without
+            continue
         busy = sum(machine.seconds(step.ops[run.op]) for run in order)
         for away in _subsets(sorted(saved & step.offloadable)) if offload else [()]:
             for in_flight in (None, 0, 1) if away else (None,):
@@ -47,6 +49,12 @@ def _all(step: Step, machine: Machine, offload: bool) -> Iterator[Outcome]:
                 yield Outcome(
                     peak(step, saved, placed), host, busy + (copying(step, runs, placed, machine) if placed else 0.0)
                 )
+
+
+def read_later(step: Step, runs: tuple[tuple[Run, ...], ...]) -> set[int]:
+    """What backward graphs read, or return."""
+    backward = [run for graph, own in zip(step.graphs, runs, strict=True) if graph.phase == "backward" for run in own]
+    return {t for run in backward for t in step.ops[run.op].inputs} | set(step.backward.outputs)
 
 
 def _subsets(of: Iterable[int]) -> Iterator[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import memplan
-from memplan import report
+from memplan import report, steps
 from memplan.cli import main
 from memplan.errors import DoesNotFit, MemplanError
 from memplan.ir import Budget, Plan, Step, Timeline
@@ -174,6 +174,8 @@ def test_compare_ranks_policies(step: Step, tmp_path: Path, capsys: pytest.Captu
     assert main([*ranked, "--budgets", "1kB"]) == 3  # nothing fits
     assert main([*ranked, "--budgets", "1GB", "--json"]) == 0
     capsys.readouterr()
+    assert main(["compare", "--policies", "save-all", "--budgets", "80GB", "--json"]) == 0
+    assert {row["step"] for row in json.loads(capsys.readouterr().out)["rows"]} == {steps.USUAL}
     for wrong, says in (
         (["compare", "a.json"], "needs two files"),
         (["compare", "a.json", "--policies", "greedy"], "leave one of them out"),
