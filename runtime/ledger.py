@@ -6,8 +6,9 @@
     with ledger.phase("rollout"): ...
 
 In: tenants that can leave the device and come back, and the phases that need them. Out: in a phase those that it needs
-are on the device, and no others. A transition releases, confirms on the device that the memory is free, and only then
-brings in what has room; where anything fails, what was there before is brought back.
+are on the device, and no others. Each phase's room is reserved when its leases are made. A transition releases,
+confirms on the device that the memory is free, and only then brings in what the phase needs; where anything fails, what
+was there before is brought back.
 What must hold, whatever fails or is interrupted and wherever: what is on the device stays inside the budget, and the
 next phase works. So what a lease is about to become is written down before its tenant is called: one that was left
 half-way counts whole until a later transition has finished it.
@@ -147,8 +148,11 @@ class Ledger:
         if there > made.bytes:
             raise MemplanError(f"{tag!r} has {human(there)} on the device, more than its lease of {human(made.bytes)}")
         self._check_budget(made)
-        if there:
-            self._check_room(made)
+        room = self.budget - sum(lease.counted for lease in self.leases.values())
+        if there > room:
+            raise MemplanError(
+                f"{tag!r} is on the device with {human(there)}, where {human(room)} are left: release it"
+            )
         self._tenants[tag] = tenant
         self.leases[tag] = made
         self._beside = self._measure() - sum(self._reported().values())
@@ -273,23 +277,15 @@ class Ledger:
         self.leases[lease.tag] = replace(lease, state="between")
         with _named(lease, "left"):
             self._moved += self._tenants[lease.tag].release()
+            if there := self._tenants[lease.tag].resident:
+                raise MemplanError(f"it says so, and {human(there)} of it are on the device")
         self.leases[lease.tag] = replace(lease, state="backed up" if lease.restored == "copy" else "dropped")
 
     def _restore(self, lease: Lease) -> None:
-        self._check_room(lease)
         self.leases[lease.tag] = replace(lease, state="between")
         with _named(lease, "come back"):
             self._moved += self._tenants[lease.tag].restore()
         self.leases[lease.tag] = replace(lease, state="resident")
-
-    def _check_room(self, lease: Lease) -> None:
-        others = [other for other in self.leases.values() if other.tag != lease.tag and other.counted]
-        room = self.budget - sum(other.counted for other in others)
-        if lease.bytes > room:
-            raise MemplanError(
-                f"no room for {lease.tag!r}, {human(lease.bytes)}: budget {human(self.budget)} has {human(room)} "
-                "beside " + ", ".join(f"{other.tag} {human(other.bytes)} ({other.state})" for other in others)
-            )
 
     def _reported(self) -> dict[str, int]:
         return {tag: tenant.resident for tag, tenant in self._tenants.items()}

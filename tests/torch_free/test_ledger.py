@@ -1,7 +1,6 @@
 """The ledger's rules, one by one, over tenants that are numbers."""
 
 import contextlib
-import dataclasses
 import os
 import subprocess
 import sys
@@ -35,7 +34,7 @@ class Tenant:
         self.device, self.tag, self.size, self.restored = device, tag, size, restored
         self.has = self.resident = size if there else 0
         self.fails: dict[str, Exception] = {}  # by "release" and "restore"
-        self.holds_on = False
+        self.holds_on = self.stays = False  # the memory is not free; and it says so
         device.tenants[tag] = self
 
     def release(self) -> int:
@@ -48,6 +47,7 @@ class Tenant:
         self.device.calls.append(f"{what} {self.tag}")
         if what in self.fails:
             raise self.fails[what]
+        to = self.size if self.stays else to
         self.resident = to
         self.has = self.size if self.holds_on else to
         return self.size if self.restored == "copy" else 0
@@ -188,14 +188,16 @@ def test_no_room_for_who_was_there_while_somebody_has_half_come(ledger: Ledger, 
     enter(ledger, "train")
 
 
-def test_who_has_half_left_counts_whole(ledger: Ledger, device: Device) -> None:
-    """Whatever it says of itself: where there is no room beside it, nobody comes."""
+def test_who_says_that_it_has_left_is_looked_at(ledger: Ledger, device: Device) -> None:
     enter(ledger, "rollout")
-    ledger.leases["kv_cache"] = dataclasses.replace(ledger.leases["kv_cache"], state="between")
-    device.tenants["kv_cache"].has = device.tenants["kv_cache"].resident = 0
-    assert refused(lambda: ledger._restore(ledger.leases["optimizer"])) == (
-        "no room for 'optimizer', 60 B: budget 100 B has 10 B beside weights 20 B (resident), kv_cache 70 B (between)"
+    kv_cache = device.tenants["kv_cache"]
+    kv_cache.stays = True
+    assert "'kv_cache', 70 B, has not left: MemplanError: it says so, and 70 B of it are on the device" in refused(
+        lambda: enter(ledger, "train")
     )
+    assert ledger.at == "rollout"
+    kv_cache.stays = False
+    enter(ledger, "train")
 
 
 def test_a_body_that_fails_ends_its_phase(ledger: Ledger) -> None:
@@ -306,7 +308,7 @@ def test_bad_leases(ledger: Ledger, device: Device) -> None:
     assert "'there' has 30 B on the device, more than its lease of 20 B" in refused(
         lambda: ledger.lease("there", there, 20, ("score",))
     )
-    assert "no room for 'there', 30 B: budget 100 B has 10 B beside weights 20 B (resident), kv_cache 70 B" in refused(
+    assert "'there' is on the device, and its 30 B have no room beside the leases that are there, 10 B" in refused(
         lambda: ledger.lease("there", there, 30, ("score",))
     )
     assert ledger.lease("new", new, "5 B", "score").phases == {"score"}  # type: ignore[arg-type]
