@@ -149,9 +149,10 @@ class Ledger:
             raise MemplanError(f"{tag!r} has {human(there)} on the device, more than its lease of {human(made.bytes)}")
         self._check_budget(made)
         room = self.budget - sum(lease.counted for lease in self.leases.values())
-        if there > room:
+        if there and made.bytes > room:
             raise MemplanError(
-                f"{tag!r} is on the device with {human(there)}, where {human(room)} are left: release it"
+                f"{tag!r} is on the device, and its {human(made.bytes)} have no room beside the leases that are there, "
+                f"{human(room)}: release it first, or enter a phase that leaves more"
             )
         self._tenants[tag] = tenant
         self.leases[tag] = made

@@ -230,16 +230,8 @@ def test_300_sequences_of_phases_with_anything_failing(seed: int, made: Callable
             world.enter(draw.choice(PHASES))
 
 
-POINTS = {
-    "measure",
-    "map: nothing",
-    "map: a chunk",
-    "release: nothing",
-    "release: a chunk",
-    "release: before",
-    "release: after",
-}
-POINTS |= {"restore: rubbish", "restore: after"}
+POINTS = {"measure", "map: nothing", "map: a chunk", "restore: rubbish", "restore: after"}
+POINTS |= {f"release: {point}" for point in ("before", "nothing", "a chunk", "after")}
 
 
 def test_every_point_of_a_transition_can_fail(made: Callable[..., World]) -> None:
