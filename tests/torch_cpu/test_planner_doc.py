@@ -44,6 +44,15 @@ def small() -> str:
     )
 
 
+def swept() -> Iterator[str]:
+    """Every policy on recorded and generated steps."""
+    yield "| step | ops | seconds to plan | worst gap, points | faster policies, or plans over their budget |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, of in results("policies")["steps"].items():
+        took, gap = of["planned_in"]["cpu"], of["worst_gap"]
+        yield f"| `{name}` | {of['ops']} | {took:.1f} | {gap:.1f} | {len(of['broken'])} |"
+
+
 def judged() -> Iterator[str]:
     """What the integer programs say."""
     found = results("oracle")["summary"]
@@ -69,7 +78,7 @@ def judged() -> Iterator[str]:
 
 def test_the_figures_are_those_of_the_benchmarks() -> None:
     text = " ".join(DOC.read_text().split())
-    for line in (*table(), small(), *judged()):
+    for line in (*table(), small(), *judged(), *swept()):
         assert " ".join(line.split()) in text, line
     figures = re.findall(r"^\| [\d.]+ \|.*$", DOC.read_text(), re.MULTILINE)
     assert len(figures) == len(list(table())) - 2
