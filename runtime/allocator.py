@@ -3,7 +3,7 @@
 A process can have one profiler. A window (window.py) that has it gives way to whatever else needs it: `interrupt`.
 
 What must hold: no profiler starts inside of an op, a compiled region or another scope that began under an earlier
-one. Where such a scope ends, torch writes the time into memory of the earlier profiler, which is freed (torch 2.11 to
+one. Where such a scope ends, torch writes the time into memory of the earlier profiler, which is freed (seen with torch
 2.13): into whatever tensor has it now. What may have to start there sees no scopes: AllocatorLog.
 """
 
@@ -61,7 +61,7 @@ class AllocatorLog:
     """
 
     _NOWHERE = RecordScope.LITE_INTERPRETER  # a scope that nothing here runs in
-    _MARK = 7919  # bytes: a mark is an allocation, and no tensor of numbers has an odd size
+    _MARK = 7919  # bytes: a mark is an allocation of a size that hardly anything else has
 
     def __init__(self) -> None:
         _quiet()
@@ -79,17 +79,18 @@ class AllocatorLog:
         """What was seen, in order of time."""
         results = cast(Any, _disable_profiler())
         allocations = [e for e in results.experimental_event_tree() if e.name == "[memory]"]
-        found, todo, number = list[Event](), sorted(allocations, key=lambda e: e.start_time_ns), 0
-        for event in todo:
+        found, number, marked = list[Event](), 0, 0
+        for event in sorted(allocations, key=lambda e: e.start_time_ns):
             seconds, what = (event.start_time_ns - results.trace_start_ns()) / 1e9, event.extra_fields
             if what.device.type != "cpu":
                 continue
-            if abs(what.alloc_size) == self._MARK and what.ptr in self.marks:
-                if number < len(self.marks) and what.ptr == self.marks[number] and what.alloc_size > 0:
-                    found.append(Event(seconds, 0, 0, "mark", mark=number))
-                    number += 1
-                continue
-            found.append(Event(seconds, what.ptr, what.alloc_size, "python"))
+            if what.alloc_size == self._MARK and what.ptr == next(iter(self.marks[number:]), 0):
+                found.append(Event(seconds, 0, 0, "mark", mark=number))
+                number, marked = number + 1, what.ptr
+            elif what.alloc_size == -self._MARK and what.ptr == marked:  # its end
+                marked = 0
+            else:
+                found.append(Event(seconds, what.ptr, what.alloc_size, "python"))
         return found
 
 

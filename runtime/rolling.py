@@ -137,9 +137,10 @@ def _around_scopes(change: Callable[[int], None]) -> Iterator[None]:
     begins, ends, begun = scope.__enter__, scope.__exit__, weakref.WeakSet[Any]()
 
     def enter(self: Any) -> Any:
-        change(1)
+        made = begins(self)
         begun.add(self)
-        return begins(self)
+        change(1)
+        return made
 
     def leave(self: Any, *error: Any) -> None:
         ends(self, *error)
