@@ -3,8 +3,8 @@
     python benchmarks/engine.py [--cache 512] [--steps 50] [-o FILE] [--png FILE]
 
 On the CPU; needs vLLM (.ci/install_vllm_cpu). Resident memory is the process's, seen by another thread every 2 ms.
-malloc is told to give back what is freed at once, as it keeps up to 32 MiB a block otherwise. Exit code 1 when tokens change
-over a release, or the loop's promises are broken: one copy of the weights, log-probs within 1e-5, one budget.
+malloc is told to give back what is freed at once, as it keeps up to 32 MiB a block otherwise. Exit code 1 when tokens
+change over a release, or the loop's promises are broken: one copy of the weights, log-probs within 1e-5, one budget.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from memplan import memory
 from memplan.grpo import CharTokenizer, GRPOConfig, make_step, make_tasks, score, token_logprobs
 from memplan.runtime.ledger import Ledger
-from memplan.runtime.tenants import moved_in
+from memplan.runtime.tenants import Reserved, moved_in
 from memplan.runtime.vllm import InProcess
 
 MIB = 2**20
 CACHE, RUNNING = 64 * MIB, 48 * MIB  # of a rollout: the KV cache, and what the engine takes besides while it generates
-TRAINING = 112 * MIB  # of a step: activations, gradients, optimizer states
+TRAINING, SPARE = 112 * MIB, 12 * MIB  # of a step: activations, gradients, optimizer states; of it, what malloc wastes
 NEW_TOKENS, LENGTH, GROUP = 16, 64, 8
 
 
@@ -65,6 +65,7 @@ def train(steps: int) -> Iterator[Seen]:
 
     ledger = Ledger(engine.fixed + engine.weight_bytes + max(CACHE + RUNNING, TRAINING))
     engine.join(ledger, running=RUNNING)
+    ledger.lease("allocator", Reserved(), SPARE, ("train",))
     options = {
         "budget": ledger.budget_for("train", own=("weights",)),
         "inner": "eager",

@@ -318,7 +318,7 @@ def test_interrupted_before_any_line(
 
 
 def test_what_never_leaves_has_all_phases_and_what_is_reserved_is_never_there(tmp_path: Path) -> None:
-    ledger = Ledger(100, measure=lambda: 7, tolerance=0, folder=tmp_path)
+    ledger = Ledger(100, measure=lambda: 7, tolerance=1, folder=tmp_path)
     ledger.lease("weights", tenants.Resident(7), 7, PHASES)
     ledger.lease("activations", tenants.Reserved(), 93, ("train",))
     for phase in ("train", "rollout", "train"):
