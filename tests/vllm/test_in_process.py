@@ -109,6 +109,7 @@ def test_nothing_is_generated_while_the_cache_is_away(engine: InProcess) -> None
         engine.generate(PROMPTS)
     assert engine.resident == 0
     engine.restore()
+    engine.submit(PROMPTS, max_tokens=2)
     with pytest.raises(MemplanError, match="6 requests are unfinished: advance"):
         engine.generate(PROMPTS)
     assert len(engine.advance()) == 6

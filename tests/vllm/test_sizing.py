@@ -26,7 +26,7 @@ def test_less_room_makes_fewer_blocks_and_too_little_is_refused() -> None:
     half = cache_size(config, 9 * block + 5, sequences=16, length=128)
     assert (half.blocks, half.block_bytes, half.spare) == (9, block, 5)
     assert cache_size(config, 2 * block, sequences=16, length=128).blocks == 2
-    with pytest.raises(MemplanError, match="have no room for one sequence of 129 tokens, 196.6 KB: make sequences"):
+    with pytest.raises(MemplanError, match=r"have no room for one sequence of 129 tokens, 196.6 KB: make sequences"):
         cache_size(config, 2 * block, sequences=16, length=129)
     with pytest.raises(MemplanError, match="sequences is 0: it must be at least 1"):
         cache_size(config, block, sequences=0, length=1)
