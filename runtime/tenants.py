@@ -18,6 +18,34 @@ from memplan.runtime.host_pool import ALIGNMENT, rounded
 from memplan.runtime.ledger import Restored
 
 
+class Resident:
+    """What never leaves: so many bytes, in every phase. A budget has to know of it."""
+
+    restored: Restored = "nothing"
+
+    def __init__(self, size: int) -> None:
+        self.resident = size
+
+    def release(self) -> int:
+        raise MemplanError("it cannot leave the device: its lease has to name all phases")
+
+    def restore(self) -> int:
+        return 0
+
+
+class Reserved:
+    """Room that a phase needs while it runs and that is free when it ends: activations, an engine's workspace."""
+
+    restored: Restored = "nothing"
+    resident = 0
+
+    def release(self) -> int:
+        return 0
+
+    def restore(self) -> int:
+        return 0
+
+
 class ArenaTenant:
     """All of an arena. `fill`: computes its contents, where `restored` is "recompute"."""
 

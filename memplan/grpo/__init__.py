@@ -8,7 +8,7 @@ from memplan.grpo.logprobs import policy_logits, selected_logprobs, token_entrop
 from memplan.grpo.losses import cispo_loss, clipped_loss, policy_ratio, sapo_loss, sequence_ratio, vespo_loss
 from memplan.grpo.objective import Batch, batch_loss
 from memplan.grpo.reductions import mean_entropy, reduce_loss
-from memplan.grpo.rollout import Rollout, rollout
+from memplan.grpo.rollout import Rollout, rollout, score
 from memplan.grpo.step import grpo_loss, make_step, token_logprobs
 from memplan.grpo.tasks import CharTokenizer, Task, make_tasks
 
@@ -35,6 +35,7 @@ __all__ = [
     "rollout",
     "sampler_ratio",
     "sapo_loss",
+    "score",
     "selected_logprobs",
     "sequence_ratio",
     "token_entropies",

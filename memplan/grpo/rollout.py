@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,25 +77,48 @@ def rollout(
     completions = [row[: row.index(tokenizer.eos) + 1] if tokenizer.eos in row else row
                    for row in sampled[:, longest:].tolist()]  # fmt: skip
 
+    rolled = score(tasks, tokenizer, completions, length=length)
+    batch = {name: value.to(device) for name, value in rolled.batch.items()}
+    with torch.no_grad():  # in the mode the step will run in, so that the first ratio is 1
+        batch["old_logprobs"] = token_logprobs(model, batch["input_ids"], temperature)
+    return replace(rolled, batch=batch)
+
+
+def score(
+    tasks: Sequence[Task],
+    tokenizer: CharTokenizer,
+    completions: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]] | None = None,
+    *,
+    length: int,
+) -> Rollout:
+    """Completions from anywhere, as an inference engine, scored and packed into a batch on the CPU.
+
+    completions: token ids, as many for each task, a task's side by side. logprobs: of their tokens, in nats, as they
+    were sampled; with them the batch holds old_logprobs [B, T-1], 0 where no completion is. T = length.
+    Raises MemplanError where a row is longer than that, or tasks and completions do not go together.
+    """
+    group_size, rest = divmod(len(completions), len(tasks))
+    if rest or not group_size:
+        raise MemplanError(f"{len(completions)} completions are not as many for each of {len(tasks)} tasks")
+    prompts = [tokenizer.encode(task.prompt) for task in tasks]
     input_ids = torch.full((len(completions), length), tokenizer.pad)
-    mask = torch.zeros(len(completions), length - 1)
+    mask, old = torch.zeros(len(completions), length - 1), torch.zeros(len(completions), length - 1)
     for row, completion in enumerate(completions):
         prompt = prompts[row // group_size]
         end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
+        if end > length:
+            raise MemplanError(
+                f"length={length} is too short for row {row}: {len(prompt)} prompt tokens + {len(completion)} new ones"
+            )
+        input_ids[row, :end] = torch.tensor([*prompt, *completion])
         mask[row, len(prompt) - 1 : end - 1] = 1
+        if logprobs is not None:
+            old[row, len(prompt) - 1 : end - 1] = torch.tensor(logprobs[row])
     texts = tuple(map(tokenizer.decode, completions))
     rewards = torch.tensor([tasks[row // group_size].reward(text) for row, text in enumerate(texts)])
-    input_ids = input_ids.to(device)
-    with torch.no_grad():  # in the mode the step will run in, so that the first ratio is 1
-        old_logprobs = token_logprobs(model, input_ids, temperature)
-    batch = {
-        "input_ids": input_ids,
-        "completion_mask": mask.to(device),
-        "advantages": group_advantages(rewards, group_size).to(device),
-        "old_logprobs": old_logprobs,
-    }
-    return Rollout(batch, texts, rewards)
+    batch = {"input_ids": input_ids, "completion_mask": mask, "advantages": group_advantages(rewards, group_size)}
+    return Rollout(batch if logprobs is None else batch | {"old_logprobs": old}, texts, rewards)
 
 
 @contextlib.contextmanager

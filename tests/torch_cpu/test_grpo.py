@@ -22,6 +22,7 @@ from memplan.grpo import (
     policy_ratio,
     reduce_loss,
     rollout,
+    score,
     selected_logprobs,
     token_logprobs,
 )
@@ -343,3 +344,27 @@ def test_padding_on_the_right_needs_no_attention_mask(model, tokenizer):
 def test_rollout_refuses_a_length_that_does_not_hold_it(model, tokenizer):
     with pytest.raises(MemplanError, match="too short"):
         rollout(model, make_tasks(count=1), tokenizer, group_size=2, max_new_tokens=8, length=10)
+
+
+def test_completions_from_elsewhere_are_packed_as_the_models_own() -> None:
+    tokenizer, tasks = CharTokenizer(), make_tasks(count=2)
+    prompts = [tokenizer.encode(task.prompt) for task in tasks]
+    completions = [tokenizer.encode("ab"), [*tokenizer.encode("c"), tokenizer.eos], tokenizer.encode("abc"), [5]]
+    logprobs = [[-0.5 * (k + 1)] * len(completion) for k, completion in enumerate(completions)]
+    length = max(map(len, prompts)) + 4
+    rolled = score(tasks, tokenizer, completions, logprobs, length=length)
+    assert rolled.completions == ("ab", "c", "abc", tokenizer.decode([5]))
+    ids, mask, old = (rolled.batch[name] for name in ("input_ids", "completion_mask", "old_logprobs"))
+    assert ids.shape == (4, length) and mask.shape == old.shape == (4, length - 1)
+    for row, completion in enumerate(completions):
+        own = mask[row].bool()
+        assert ids[row, 1:][own].tolist() == completion
+        assert ids[row, : len(prompts[row // 2])].tolist() == prompts[row // 2]
+        assert old[row][own].tolist() == logprobs[row]
+        assert not old[row][~own].any()
+    assert rolled.batch["advantages"].view(2, 2).sum(1).abs().max() < 1e-6
+    assert "old_logprobs" not in score(tasks, tokenizer, completions, length=length).batch
+    with pytest.raises(MemplanError, match="5 completions are not as many for each of 2 tasks"):
+        score(tasks, tokenizer, [*completions, [5]], length=length)
+    with pytest.raises(MemplanError, match=r"length=30 is too short for row 0: \d+ prompt tokens \+ 2 new ones"):
+        score(tasks, tokenizer, completions, length=30)

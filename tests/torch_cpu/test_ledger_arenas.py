@@ -315,3 +315,18 @@ def test_interrupted_before_any_line(
         if not came():
             break
     assert line > 100
+
+
+def test_what_never_leaves_has_all_phases_and_what_is_reserved_is_never_there(tmp_path: Path) -> None:
+    ledger = Ledger(100, measure=lambda: 7, tolerance=0, folder=tmp_path)
+    ledger.lease("weights", tenants.Resident(7), 7, PHASES)
+    ledger.lease("activations", tenants.Reserved(), 93, ("train",))
+    for phase in ("train", "rollout", "train"):
+        with ledger.phase(phase):
+            assert ledger.leases["weights"].state == "resident"
+    assert ledger.needed("train") == {"weights": 7, "activations": 93}
+    with pytest.raises(MemplanError, match="budget 100 B is smaller than what phase 'train' needs, 101 B"):
+        ledger.lease("more", tenants.Reserved(), 1, ("train",))
+    with pytest.raises(MemplanError, match="it cannot leave the device: its lease has to name all phases"):
+        tenants.Resident(7).release()
+    ledger.close()

@@ -1,0 +1,6 @@
+"""A vLLM engine beside the trainer, inside one budget. vLLM itself loads on first use."""
+
+from memplan.runtime.vllm.in_process import InProcess
+from memplan.runtime.vllm.protocol import Completion, Engine
+
+__all__ = ["Completion", "Engine", "InProcess"]

@@ -1,0 +1,66 @@
+"""What an engine changes in the process that it is in: kept apart from the trainer's.
+
+In: a block that starts or runs the engine. Out: after it process groups, random states, the number of threads and the
+garbage collector are as the trainer left them, whether it has groups or not; inside, the engine has its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import distributed_c10d as c10d
+
+# Of torch 2.11 to 2.13, which has one set of process groups in a process, under these names.
+_TABLES = ("_pg_map", "_pg_names", "_pg_group_ranks", "_pg_backend_config", "_tags_to_pg", "_pg_to_tag")
+_FIRST_NAME = 10**6  # groups are named by their number, and names are one set for both
+
+
+class Beside:
+    """One engine's process groups and random states."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, Any] = {name: {} for name in _TABLES}
+        self._own |= {"_default_pg_init_method": None, "_group_count": _FIRST_NAME}
+        self._default: Any = None
+        self._random = _random_states()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The engine's own inside the block, the trainer's again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """The same, and what starting an engine changes besides."""
+        set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+        try:
+            with self.running():
+                yield
+        finally:
+            torch.set_num_threads = set_threads
+            set_threads(threads)
+            gc.unfreeze()
+
+    def _swap(self) -> None:
+        for name, value in self._own.items():
+            self._own[name] = getattr(c10d, name)
+            setattr(c10d, name, value)
+        self._default, c10d.GroupMember.WORLD = c10d.GroupMember.WORLD, self._default
+        self._random, (python, numpy, cpu) = _random_states(), self._random
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+def _random_states() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()

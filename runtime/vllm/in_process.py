@@ -1,0 +1,277 @@
+"""A vLLM engine in the trainer's process: its KV cache is a tenant of the ledger, its weights are the trainer's.
+
+    engine = InProcess.start(folder, kv_cache="8GB", max_model_len=4096)
+    engine.share(model)                       # one copy of the weights from here on
+    engine.join(ledger)                       # leases "weights", "engine_fixed" and "kv_cache"
+    with ledger.phase("rollout"):
+        completions = engine.generate(prompts, n=8, max_tokens=512)
+
+In: a checkpoint's folder; prompts as token ids. Out: tokens and the log-probs that they were sampled with. Requests may
+be unfinished when the cache leaves (`submit`, `advance`): they go on after it is back, computed again up to there.
+What must hold: what the engine samples is from the weights as they are; so before it runs, a weight that changed since
+has the prefix cache forgotten, which vLLM does not do by itself. The trainer's process is left as it was (beside.py).
+On the CPU alone: the arenas that the cache is in have no pages of a CUDA device yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan import memory
+from memplan.errors import MemplanError
+from memplan.runtime.arena import Arena
+from memplan.runtime.ledger import PHASES, Ledger, Restored, RLPhase, Tenant
+from memplan.runtime.tenants import Reserved, Resident
+from memplan.runtime.vllm.beside import Beside
+from memplan.runtime.vllm.protocol import Completion, checked_prompts, installed
+from memplan.runtime.vllm.weights import Shared, share
+from memplan.units import parse_bytes
+
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_OURS = ("worker_cls", "kv_cache_memory_bytes", "model")
+
+
+class InProcess:
+    """See the module. As a tenant it is the KV cache, which is restored by nothing."""
+
+    restored: Restored = "nothing"
+
+    def __init__(self, llm: Any, beside: Beside, fixed: int) -> None:
+        self.fixed = fixed  # bytes that it took beside weights and cache, when it started
+        self.shared: Shared | None = None
+        self._llm, self._beside = llm, beside
+        with beside.running():
+            self._worker = llm.collective_rpc(_itself)[0]
+            self._module: nn.Module = llm.apply_model(_itself)[0]
+        self._away = False
+        self._unfinished: dict[str, int] = {}  # by request: which prompt it was, counted from the first one
+        self._submitted = 0
+        self.close = weakref.finalize(self, _close, llm, beside)
+
+    @staticmethod
+    def start(folder: str | os.PathLike[str], kv_cache: str | int, **options: Any) -> InProcess:
+        """An engine of the checkpoint in `folder`, with so many bytes of KV cache. options: of vllm.LLM.
+
+        Log-probs are those of the distribution that is sampled from (temperature counts), unless `logprobs_mode` says
+        otherwise. Raises MemplanError where vLLM cannot be started.
+        """
+        if taken := [name for name in _OURS if name in options]:
+            raise MemplanError(f"{taken[0]!r} cannot be given: memplan has a worker of its own, and kv_cache its bytes")
+        beside, before, size = Beside(), memory.resident(), parse_bytes(kv_cache)
+        with _environment(), beside.starting():
+            vllm = installed()
+            if vllm.distributed.parallel_state.model_parallel_is_initialized():
+                raise MemplanError("there is a vLLM engine in this process, and it can have one: close() that first")
+            usual = {"logprobs_mode": "processed_logprobs", "seed": 0, "enforce_eager": True}
+            usual["enable_chunked_prefill"] = False  # on the CPU vLLM cannot take back what a seeded request samples
+            try:
+                llm = vllm.LLM(
+                    os.fspath(folder),
+                    worker_cls="memplan.runtime.vllm.worker.ArenaWorker",
+                    kv_cache_memory_bytes=size,
+                    **{**usual, **options},
+                )
+            except BaseException as error:
+                vllm.distributed.parallel_state.cleanup_dist_env_and_memory()
+                if not isinstance(error, Exception):
+                    raise
+                raise MemplanError(f"vLLM has not started with {os.fspath(folder)!r}: {error}") from error
+        engine = InProcess(llm, beside, 0)
+        engine.fixed = max(memory.resident() - before - engine.resident - engine.weight_bytes, 0)
+        return engine
+
+    # ---- a tenant of the ledger
+
+    @property
+    def _arenas(self) -> list[Arena]:
+        arenas: list[Arena] = self._worker.arenas
+        return arenas
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return sum(arena.size for arena in self._arenas)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the KV cache that are on the device."""
+        return sum(arena.resident for arena in self._arenas)
+
+    def release(self) -> int:
+        """Forget the KV cache. What is unfinished is kept, and goes on after `restore`."""
+        self._alive()
+        with self._beside.running():
+            self._away = True
+            self._llm.sleep(level=0, mode="keep")
+            self._llm.llm_engine.step()  # what has just finished is forgotten only then
+            self._llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+            self._worker.discard(("kv_cache",))
+        return 0
+
+    def restore(self) -> int:
+        """Bring it back, at the same addresses."""
+        self._alive()
+        with self._beside.running():
+            self._worker.wake_up(["kv_cache"])
+            self._llm.wake_up(tags=["scheduling"])
+            self._away = False
+        return 0
+
+    def join(self, ledger: Ledger, running: str | int = 0) -> None:
+        """Lease what the engine has: weights and what it always takes in all phases, the KV cache in rollout.
+
+        running: bytes that it takes besides while it generates, as for a prompt's activations; in rollout too.
+        """
+        always, rollout = PHASES, PHASES[:1]
+        leases: list[tuple[str, Tenant, int, tuple[RLPhase, ...]]] = [
+            ("weights", Resident(self.weight_bytes), self.weight_bytes, always),
+            ("engine_fixed", Resident(self.fixed), self.fixed, always),
+            ("kv_cache", self, self.kv_bytes, rollout),
+            ("engine_running", Reserved(), parse_bytes(running), rollout),
+        ]
+        made = list[str]()
+        try:
+            for tag, tenant, size, phases in leases:
+                ledger.lease(tag, tenant, size, phases)
+                made.append(tag)
+        except BaseException:
+            for tag in made:
+                ledger.end(tag)
+            raise
+
+    # ---- weights
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of vLLM's parameters; of the trainer's too, once they are shared."""
+        return sum(p.nbytes for p in {id(p): p for p in self._module.parameters()}.values())
+
+    def params(self) -> dict[str, torch.Tensor]:
+        """The live parameters, by vLLM's names."""
+        return dict(self._module.named_parameters())
+
+    def share(self, model: nn.Module) -> Shared:
+        """Make the parameters of a transformers model views of vLLM's, with the values that the model has.
+
+        Parameters on meta get vLLM's values. See weights.py; what cannot be shared is copied before the engine runs,
+        and `report()` of what is returned names it.
+        """
+        self._alive()
+        self.shared = share(model, self._module, self._llm.llm_engine.vllm_config.model_config.hf_config)
+        self.invalidate()
+        return self.shared
+
+    def invalidate(self) -> None:
+        """Say that weights have changed. Changes that autograd can see, as an optimizer's, are found without."""
+        self._alive()
+        if self.shared is not None:
+            self.shared.copy()
+        with self._beside.running():
+            self._llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+
+    # ---- rollouts
+
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
+        """Completions of all prompts, in their order, n for each. sampling: of vllm.SamplingParams (n, max_tokens,
+        temperature, seed, stop_token_ids, ...).
+        """
+        self._ready()
+        if self._unfinished:
+            raise MemplanError(
+                f"{len(self._unfinished)} requests are unfinished: advance() to their end before generate, or submit "
+                "these beside them"
+            )
+        first = self._submitted
+        self.submit(prompts, **sampling)
+        done = self.advance()
+        return [completion._replace(prompt=completion.prompt - first) for completion in done]
+
+    def submit(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> range:
+        """Queue prompts. Returns their numbers, which their completions will have."""
+        self._alive()
+        known = self._llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
+        wanted = [{"prompt_token_ids": list(prompt)} for prompt in checked_prompts(prompts, known)]
+        vllm = installed()
+        try:
+            params = vllm.SamplingParams(**{"logprobs": 0, "detokenize": False, **sampling})
+        except Exception as error:
+            raise MemplanError(f"sampling {sampling!r} is not what vLLM takes: {error}") from error
+        params.output_kind = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        first = self._submitted
+        with self._beside.running():
+            try:
+                for number, prompt in enumerate(wanted, first):
+                    self._unfinished[str(number)] = number
+                    self._llm.llm_engine.add_request(str(number), prompt, params.clone())
+            except Exception as error:
+                self._abort([str(number) for number in range(first, first + len(wanted))])
+                raise MemplanError(f"vLLM has not taken the prompts: {error}") from error
+        self._submitted += len(wanted)
+        return range(first, self._submitted)
+
+    def advance(self, steps: int | None = None) -> list[Completion]:
+        """Run the engine for so many of its steps, or until all is finished. Returns what has finished, by prompt."""
+        self._ready()
+        done = list[Completion]()
+        with self._beside.running():
+            try:
+                while self._unfinished and steps != 0:
+                    for output in self._llm.llm_engine.step():
+                        if output.finished:
+                            done += _completions(self._unfinished.pop(output.request_id), output)
+                    steps = None if steps is None else steps - 1
+            except BaseException:
+                self._abort(list(self._unfinished))
+                raise
+        return sorted(done, key=lambda completion: (completion.prompt, completion.number))
+
+    def _abort(self, requests: Iterable[str]) -> None:
+        self._llm.llm_engine.abort_request([r for r in requests if self._unfinished.pop(r, None) is not None])
+
+    def _ready(self) -> None:
+        self._alive()
+        if self._away:
+            raise MemplanError(
+                "the engine's KV cache is not on the device: generate inside `with ledger.phase('rollout')`, or call "
+                "restore() first"
+            )
+        if self.shared is not None and self.shared.changed():
+            self.invalidate()
+
+    def _alive(self) -> None:
+        if not self.close.alive:
+            raise MemplanError("the engine is closed: start another one")
+
+
+def _itself(what: Any) -> Any:
+    return what
+
+
+def _completions(prompt: int, output: Any) -> Iterator[Completion]:
+    for found in output.outputs:
+        chosen = [at[token].logprob for at, token in zip(found.logprobs, found.token_ids, strict=True)]
+        yield Completion(prompt, found.index, tuple(found.token_ids), tuple(chosen), str(found.finish_reason))
+
+
+def _close(llm: Any, beside: Beside) -> None:
+    with beside.running():
+        llm.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What vLLM reads of the environment, unless it is said there already."""
+    missing = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]

@@ -1,0 +1,164 @@
+"""One copy of the weights: a transformers model's parameters become views of vLLM's.
+
+In: the trainer's model, and vLLM's of the same configuration. Out: the same parameters, in vLLM's memory, where an
+optimizer writes what the engine reads. vLLM keeps some side by side in one (q, k, v; gate and up) and pads the
+vocabulary; all of these are rows, so that each is a contiguous view.
+What must hold: where a parameter is, is what vLLM's own loader does with it: the one copy that it makes is looked at
+and not made. A parameter of which it makes something else (several copies, a transposed one) is not shared but copied
+by that loader, each time before the engine runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memplan.errors import MemplanError
+
+_SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass
+class Shared:
+    """What `model` shares with `engine`, vLLM's: addresses by parameter. `copied`: those it does not, and why."""
+
+    model: nn.Module
+    engine: nn.Module
+    addresses: dict[str, int] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
+    seen: tuple[int, ...] = ()
+
+    def changed(self) -> bool:
+        """Has anything been written to a parameter since `copy`? Raises MemplanError where one has moved away."""
+        named = dict(self.model.named_parameters())
+        for name, address in self.addresses.items():
+            if name not in named or named[name].data_ptr() != address:
+                raise MemplanError(
+                    f"parameter {name!r} is not in the engine's memory any more, as after model.to() or assign=True: "
+                    "share() the model again"
+                )
+        return self._versions() != self.seen
+
+    def copy(self) -> None:
+        """Bring the engine what is not shared, and remember what it has."""
+        for name in self.copied:
+            _load(self.engine, name, self.model.get_parameter(name).detach())
+        self.seen = self._versions()
+
+    def report(self) -> str:
+        """What is shared, and what is copied, a line each."""
+        lines = [f"{name} is copied before each rollout: {why}" for name, why in self.copied.items()]
+        return "\n".join([f"{len(self.addresses)} parameters are the engine's own memory", *lines])
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.model.parameters())
+
+
+def share(model: nn.Module, engine: nn.Module, config: Any) -> Shared:
+    """Move a model's parameters into the engine's. config: that the engine was made from.
+
+    Parameters stay the same objects, with their values; those on meta take the engine's values, and are new objects.
+    Raises MemplanError, and moves nothing, where the model is not the engine's.
+    """
+    _check_same(model, config)
+    if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
+        model.tie_weights()  # type: ignore[operator]  # which a model that is made on meta has not done
+    named = dict(model.named_parameters())
+    shared, places = Shared(model, engine), dict[str, torch.Tensor]()
+    for name, p in named.items():
+        found = _place(engine, name, p)
+        if isinstance(found, torch.Tensor):
+            places[name] = found
+        elif p.is_meta:
+            raise MemplanError(f"parameter {name!r} is on meta and cannot be the engine's ({found}): give it values")
+        else:
+            shared.copied[name] = found
+    for name, place in places.items():
+        shared.addresses[name] = _moved(model, named[name], place).data_ptr()
+    return shared
+
+
+def _check_same(model: nn.Module, config: Any) -> None:
+    for key in _SAME:
+        ours, theirs = getattr(getattr(model, "config", None), key, None), getattr(config, key, None)
+        if ours is not None and ours != theirs:
+            raise MemplanError(
+                f"the engine is of another model, with {key} {theirs!r} and not {ours!r}: start it from a checkpoint "
+                "of this one"
+            )
+    if meta := [name for name, b in model.named_buffers() if b.is_meta]:
+        raise MemplanError(
+            f"buffer {meta[0]!r} is on meta, and the engine has none to give: make the model under "
+            "accelerate.init_empty_weights(), which leaves buffers where they are"
+        )
+
+
+class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies into the engine's parameters are listed, and nothing is written to them."""
+
+    def __init__(self, engine: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages = {p.untyped_storage().data_ptr() for p in engine.parameters()}
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = args[0] if func._schema.is_mutable else None
+        if not isinstance(written, torch.Tensor) or written.untyped_storage().data_ptr() not in self.storages:
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            self.copies.append((written, args[1]))
+        elif func is not torch.ops.aten.fill_.Scalar:  # of the rows that pad a vocabulary
+            raise MemplanError(f"it is written to by {func}")
+        return written
+
+
+def _place(engine: nn.Module, name: str, p: torch.Tensor) -> torch.Tensor | str:
+    """Where the engine has a parameter, or why that is no place for the trainer's."""
+    probe = torch.empty(p.shape, dtype=p.dtype)  # never touched
+    with _Watched(engine) as watched:
+        _load(engine, name, probe)
+    if (size := sum(to.numel() for to, _ in watched.copies)) != p.numel():
+        raise MemplanError(
+            f"the engine is of another model: of parameter {name!r} {tuple(p.shape)} it takes {size} numbers of "
+            f"{p.numel()}; start it from a checkpoint of this one"
+        )
+    if len(watched.copies) != 1:
+        return f"vLLM keeps it in {len(watched.copies)} pieces"
+    to: torch.Tensor
+    to, loaded = watched.copies[0]
+    if (loaded.data_ptr(), loaded.shape, loaded.stride()) != (probe.data_ptr(), probe.shape, probe.stride()):
+        return "vLLM keeps it in another order"
+    if to.dtype != p.dtype:
+        return f"vLLM keeps it as {to.dtype}, and the trainer as {p.dtype}"
+    if not to.is_contiguous() or to.shape != p.shape:
+        return "vLLM keeps it with gaps"
+    return to
+
+
+def _load(engine: nn.Module, name: str, value: torch.Tensor) -> None:
+    """By vLLM's own loader."""
+    try:
+        loaded = engine.load_weights([(name, value)])  # type: ignore[operator]
+    except Exception as error:
+        raise MemplanError(
+            f"parameter {name!r} {tuple(value.shape)} is not taken by vLLM's {type(engine).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if loaded is not None and not loaded:
+        raise MemplanError(f"vLLM's {type(engine).__name__} has no place for parameter {name!r} {tuple(value.shape)}")
+
+
+def _moved(model: nn.Module, p: nn.Parameter, to: torch.Tensor) -> nn.Parameter:
+    if not p.is_meta:
+        p.data = to.copy_(p.detach())
+        return p
+    new = nn.Parameter(to, requires_grad=p.requires_grad)
+    for module in model.modules():
+        for key, there in module._parameters.items():
+            if there is p:  # more than once, where it is tied
+                module._parameters[key] = new
+    return new
