@@ -203,6 +203,10 @@ class Step:
         found: T = self._made[key]
         return found
 
+    def seconds(self, machine: Machine) -> tuple[float, ...]:
+        """What each of its ops takes on the machine."""
+        return self.once(_seconds, machine)
+
     @functools.cached_property
     def _made(self) -> dict[tuple[Any, ...], Any]:
         return {}
@@ -313,6 +317,10 @@ class Step:
         values = dict(self.sizes) | sizes
         tensors = tuple(dataclasses.replace(t, bytes=t.formula.at(values)) if t.formula else t for t in self.tensors)
         return dataclasses.replace(self, tensors=tensors, sizes=tuple(values.items()))
+
+
+def _seconds(step: Step, machine: Machine) -> tuple[float, ...]:
+    return tuple(machine.seconds(op) for op in step.ops)
 
 
 def _joined(graphs: Sequence[Graph]) -> Graph:

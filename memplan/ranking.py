@@ -46,33 +46,54 @@ def rank(
     """
     if not limit > 0:
         raise MemplanError(f"a limit of {limit:g} seconds leaves no time to plan: give a positive number, or none")
-    found = [(name_of(one), policies.find(one)) for one in wanted]
-    rows = list[Row]()
-    for name, step in steps.items():
-        of, slower = dict[str, list[Row]](), list[tuple[Machine, dict[tuple[str, int], Plan]]]()
-        for machine in sorted(machines, key=lambda m: m.host_bandwidth):
-            made: dict[tuple[str, int], Plan] = {}
-            before = [plans for other, plans in slower if _differs_in_the_bus(other, machine)]
-            sizes = sorted(budgets) or _range(step, machine, host_bytes)
-            best: dict[str, Plan] = {}
-            for size in sizes:
-                budget = Budget(size, host_bytes=host_bytes)
-                least = bound(step, budget, machine)
-                here = []
-                for label, policy in found:
-                    progress(f"{name} on {machine.name}: {label} inside {human(size)}")
-                    plan, row = _planned(step, machine, budget, label, policy, limit)
-                    known = [plans[label, size] for plans in before if (label, size) in plans]
-                    plan, row = _no_slower(plan, row, known, machine)
-                    here.append(_judged(dataclasses.replace(row, step=name), plan, least, best))
-                    if label in best:
-                        made[label, size] = best[label]
-                of.setdefault(machine.name, []).extend(
-                    sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
-                )
-            slower.append((machine, made))
-        rows += [row for machine in machines for row in of[machine.name]]
-    return Ranking(tuple(rows))
+    found = tuple((name_of(one), policies.find(one)) for one in wanted)
+    asked = _Asked(found, tuple(sorted(budgets)), host_bytes, limit, progress)
+    return Ranking(tuple(row for name, step in steps.items() for row in _of_step(asked, name, step, machines)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is asked of every step and machine."""
+
+    policies: tuple[tuple[str, Policy], ...]
+    budgets: tuple[int, ...]
+    host_bytes: int
+    limit: float
+    progress: Callable[[str], None]
+
+
+Plans = dict[tuple[str, int], Plan]  # (policy, budget) -> its best plan
+
+
+def _of_step(asked: _Asked, name: str, step: Step, machines: Sequence[Machine]) -> list[Row]:
+    """In the order of the machines; planned from the slowest bus, whose plans stand on faster ones."""
+    of, slower = dict[str, list[Row]](), list[tuple[Machine, Plans]]()
+    for machine in sorted(machines, key=lambda m: m.host_bandwidth):
+        before = [plans for other, plans in slower if _differs_in_the_bus(other, machine)]
+        rows, made = _on_machine(asked, name, step, machine, before)
+        of.setdefault(machine.name, []).extend(rows)
+        slower.append((machine, made))
+    return [row for machine in machines for row in of[machine.name]]
+
+
+def _on_machine(
+    asked: _Asked, name: str, step: Step, machine: Machine, before: Sequence[Plans]
+) -> tuple[list[Row], Plans]:
+    """From the smallest budget, whose plans stand in larger ones; `before`: what was made for slower buses."""
+    rows, made, best = list[Row](), Plans(), dict[str, Plan]()
+    for size in asked.budgets or _range(step, machine, asked.host_bytes):
+        budget = Budget(size, host_bytes=asked.host_bytes)
+        least, here = bound(step, budget, machine), list[Row]()
+        for label, policy in asked.policies:
+            asked.progress(f"{name} on {machine.name}: {label} inside {human(size)}")
+            plan, row = _planned(step, machine, budget, label, policy, asked.limit)
+            known = [plans[label, size] for plans in before if (label, size) in plans]
+            plan, row = _no_slower(plan, row, known, machine)
+            here.append(_judged(dataclasses.replace(row, step=name), plan, least, best))
+            if label in best:
+                made[label, size] = best[label]
+        rows += sorted(here, key=lambda row: (not row.fits, row.overhead, row.peak, row.policy))
+    return rows, made
 
 
 def _differs_in_the_bus(slower: Machine, machine: Machine) -> bool:

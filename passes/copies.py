@@ -91,24 +91,36 @@ def _gaps(step: Step, runs: Runs, offloads: Mapping[int, Offload]) -> list[_Gap]
     for own in runs:
         bounds.append((first, first + len(own) - 1))
         first += len(own)
-    out = []
+    out, readers = list[tuple[_Gap, int]](), step.once(_readers)
     for k, (graph, own) in enumerate(zip(step.graphs, runs, strict=True)):
         behind = [b for b, g in enumerate(step.graphs) if g.phase == "backward" and g.unit == graph.unit]
         if graph.phase != "forward" or not behind:
             continue
-        made, last, (start, end) = dict[int, int](), dict[int, int](), bounds[k]
-        for moment, run in enumerate(own, start):
-            op = step.ops[run.op]
-            made.update((t, moment) for t in op.outputs if t in offloads)
-            last.update((t, moment) for t in (*op.inputs, *op.outputs) if t in made)
-        first_use = dict[int, int]()
-        for b in behind:
-            for moment, run in enumerate(runs[b], bounds[b][0]):
-                for t in step.ops[run.op].inputs:
-                    first_use.setdefault(t, moment)
-        back = bounds[behind[0]][0]
-        out += [_Gap(t, graph.unit, made[t], last[t], end, back, first_use[t]) for t in made if t in first_use]
-    return sorted(out, key=lambda gap: gap.made)
+        here, back = _moments_of(own, bounds[k][0]), bounds[behind[0]][0]
+        later = [_moments_of(runs[b], bounds[b][0]) for b in behind]
+        for t in offloads:
+            maker, op = step.producer[t]
+            users = readers.get(t, ())
+            used = min((at[i] for at in later for i in users if i in at), default=None)
+            if maker in here and used is not None:
+                last = max([here[maker], *(here[i] for i in users if i in here)])
+                gap = _Gap(t, graph.unit, here[maker], last, bounds[k][1], back, used)
+                out.append((gap, op.outputs.index(t)))
+    return [gap for gap, _ in sorted(out, key=lambda found: (found[0].made, found[1]))]
+
+
+def _moments_of(runs: Sequence[Run], first: int) -> dict[int, int]:
+    """Op -> the moment at which it runs in a graph that begins at `first`; none runs twice there."""
+    return {run.op: moment for moment, run in enumerate(runs, first)}
+
+
+def _readers(step: Step) -> dict[int, list[int]]:
+    """Storage -> the ops that read it."""
+    found = dict[int, list[int]]()
+    for i, op in enumerate(step.ops):
+        for t in op.inputs:
+            found.setdefault(t, []).append(i)
+    return found
 
 
 class _Placer:
@@ -116,7 +128,7 @@ class _Placer:
 
     def __init__(self, step: Step, order: Sequence[int], machine: Machine, in_flight: int | None) -> None:
         self.step, self.order, self.machine, self.in_flight = step, order, machine, in_flight
-        self.ends = list(itertools.accumulate(machine.seconds(step.ops[i]) for i in order))
+        self.ends = list(itertools.accumulate(map(step.seconds(machine).__getitem__, order)))
 
     def out(
         self, gaps: Sequence[_Gap], offloads: Mapping[int, Offload], starts: Mapping[int, int]

@@ -17,6 +17,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_matrix, csr_matrix
 
 TOGETHER = 2  # of so many variables that are not whole one is made so at a time
+STAYS = 10  # of so many that have come out as 1 one stays so: what is left is whole in fewer programs
 WHOLE = 1e-6  # what is nearer to a whole number is one
 
 Terms = Iterable[tuple[int, float]]  # (variable, coefficient)
@@ -84,20 +85,20 @@ class Program:
 
     def dived(self) -> Solution | None:
         """A solution with whole variables, not always the best: the relaxation, solved again while of those that are
-        not whole a share, the nearest to 1, are made 1, or, where that has no solution, the nearest alone, or it 0. The
-        bounds stay as they were. None: none was found.
+        not whole a share, the nearest to 1, are made 1, and of those that are 1 a share stays so; or, where that has no
+        solution, the former, the nearest alone, or it 0. The bounds stay as they were. None: none was found.
         """
         bounds, found = (list(self.lower), list(self.upper)), self.relaxed()
         try:
             while found is not None and (nearest := self._nearest(found)):
-                found = self._deeper(nearest)
+                found = self._deeper(nearest, self._settled(found))
             return found
         finally:
             self.lower, self.upper = bounds
 
-    def _deeper(self, nearest: list[int]) -> Solution | None:
-        """With them 1; else with the first of them 1; else with that 0."""
-        for some in dict.fromkeys((tuple(nearest), (nearest[0],))):
+    def _deeper(self, nearest: list[int], settled: list[int]) -> Solution | None:
+        """With all of them 1; else with the `nearest`; else with the first of these; else with that 0."""
+        for some in dict.fromkeys(((*nearest, *settled), tuple(nearest), (nearest[0],))):
             before = list(self.lower)
             for v in some:
                 self.lower[v] = 1.0
@@ -114,6 +115,12 @@ class Program:
         values[(values < WHOLE) | (values > 1 - WHOLE)] = 0.0
         order: list[int] = np.argsort(-values, kind="stable")[: math.ceil(np.count_nonzero(values) / TOGETHER)].tolist()
         return order
+
+    def _settled(self, found: Solution) -> list[int]:
+        """Of the variables that should be whole and are 1 by choice, one in `STAYS`, evenly spread."""
+        chosen = self.whole & (found.values > 1 - WHOLE) & (np.array(self.lower) < 1)
+        settled: list[int] = np.flatnonzero(chosen)[STAYS // 2 :: STAYS].tolist()
+        return settled
 
     def _matrix(self) -> csr_matrix:
         if self._built is None:

@@ -15,7 +15,7 @@ from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Offload, Plan
 from memplan.passes import copies, policies
 from memplan.passes.check import check
 from memplan.passes.policies.greedy import Greedy, least_beside_others
-from memplan.passes.schedule import saved_by, schedule
+from memplan.passes.schedule import read_in, saved_by, schedule
 from memplan.passes.simulate import simulate
 from memplan.units import human
 
@@ -72,10 +72,8 @@ def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine,
     """What follows from the decisions, fitting or not. Raises MemplanError when they make no valid plan."""
     decisions = _resolved(step, decisions, policy)
     runs = schedule(step, saved_by(step, decisions))
-    backward = [run for graph, own in zip(step.graphs, runs, strict=True) if graph.phase == "backward" for run in own]
-    read = {t for run in backward for t in step.ops[run.op].inputs} | set(step.backward.outputs)
-    saved = saved_by(step, decisions) & read
-    again = {t for run in backward if run.again for t in step.ops[run.op].outputs}
+    saved = saved_by(step, decisions) & read_in(step, runs)
+    again = {t for own in runs for run in own if run.again for t in step.ops[run.op].outputs}
     wanted = {t: d for t, d in decisions.items() if isinstance(d, Offload) and t in saved}
     offloads = copies.placed(step, runs, wanted, machine)
     final: dict[int, Decision] = {t: offloads.get(t, Keep()) for t in saved}
@@ -88,7 +86,7 @@ def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine,
         budget=budget,
         machine=machine,
         policy=policy,
-        base_seconds=sum(machine.seconds(op) for op in step.ops),
+        base_seconds=sum(step.seconds(machine)),
         inner=inner,
     )
     broken = check(plan)

@@ -63,6 +63,15 @@ def schedule(step: Step, saved: Collection[int]) -> tuple[tuple[Run, ...], ...]:
     return tuple(out)
 
 
+def read_in(step: Step, runs: Iterable[Iterable[Run]]) -> set[int]:
+    """The storages that backward reads or returns when the graphs run so."""
+    found = set(step.backward.outputs)
+    for graph, own in zip(step.graphs, runs, strict=True):
+        if graph.phase == "backward":
+            found.update(*(step.ops[run.op].inputs for run in own))
+    return found
+
+
 def _backward_order(
     step: Step, own: Iterable[int], outputs: Iterable[int], available: set[int], ran: Collection[int]
 ) -> list[Run]:

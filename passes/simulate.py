@@ -62,7 +62,7 @@ def _moments(
             events.setdefault(at, []).append((what, c))
     out, clock, free = list[Moment](), 0.0, {"start": 0.0, "reload": 0.0}
     done = dict[tuple[int, str], float]()  # (storage, "start" or "reload") -> when that copy is done
-    late = 0.0  # what is waited for before the next run
+    late, seconds = 0.0, step.seconds(machine)  # what is waited for before the next run
 
     def copy(c: copies.Copy, what: str, now: float) -> None:
         nonlocal clock
@@ -76,7 +76,7 @@ def _moments(
         for run in own:
             op = step.ops[run.op]
             if len(out) not in events and not op.fetches:  # most runs copy nothing
-                clock += late + machine.seconds(op)
+                clock += late + seconds[run.op]
                 out.append(Moment(op.name, clock, graph.phase, late))
                 late = 0.0
                 continue
@@ -87,9 +87,9 @@ def _moments(
             ready = max((done[c.storage, "reload"] for what, c in here if what == "use"), default=0.0)
             late = max(late, ready - clock)
             if op.fetches:
-                free["reload"] = max(free["reload"], begun) + machine.seconds(op)
+                free["reload"] = max(free["reload"], begun) + seconds[run.op]
                 late = max(late, free["reload"] - clock)
-            clock += late + (0.0 if op.fetches else machine.seconds(op))
+            clock += late + (0.0 if op.fetches else seconds[run.op])
             begun = clock if op.fetches else begun
             out.append(Moment(op.name, clock, graph.phase, late))
             for what, c in here:
@@ -135,9 +135,16 @@ def _crosses(moments: Sequence[Moment], life: Life) -> bool:
     return moments[life.start].phase == "forward" and moments[life.end - 1].phase == "backward"
 
 
-def peak(step: Step, saved: Collection[int], offloads: Mapping[int, Offload] = NONE) -> int:
-    """The peak in bytes, base included, when the storages `saved` cross, `offloads` among them off the device."""
-    runs = schedule(step, saved)
+def peak(
+    step: Step,
+    saved: Collection[int],
+    offloads: Mapping[int, Offload] = NONE,
+    runs: Sequence[Sequence[Run]] | None = None,
+) -> int:
+    """The peak in bytes, base included, when the storages `saved` cross, `offloads` among them off the device; `runs`:
+    their schedule, where it is known.
+    """
+    runs = schedule(step, saved) if runs is None else runs
     found = totals(step, runs, saved, copies.moments(step, runs, offloads) if offloads else ())
     return step.base_bytes + int(found.max(initial=0))
 

@@ -91,8 +91,8 @@ def moved(
     """Points with part of what they save off the device, but for those that leave more than `room` there, or that
     would have to wait for the bus until the `limit`.
     """
-    ahead = sum(machine.seconds(op) for op in step.forward.ops)
-    ahead += sum(machine.seconds(step.ops[i]) for i in moved_ahead(step, step.saveable))
+    ahead = sum(step.seconds(machine)[: len(step.forward.ops)])
+    ahead += sum(step.seconds(machine)[i] for i in moved_ahead(step, step.saveable))
     ordered = sorted(points, key=lambda p: -p.crossing)
     for k in sorted({round(i * (len(ordered) - 1) / (MOVED - 1)) for i in range(MOVED)} if ordered else ()):
         point = ordered[k]
@@ -108,7 +108,7 @@ def moved(
             waits = max(0.0, machine.copy_seconds(min(size, budget.host_bytes), "host") - ahead)
             if point.crossing - size > room or point.seconds + waits >= limit:
                 continue
-            off = away(step, point.saved, wanted, budget, machine, in_flight=in_flight, small=small)
+            off = away(step, point.saved, wanted, budget, machine, in_flight=in_flight, small=small, runs=runs)
             left = point.crossing - sum(step.tensors[t].bytes for t in off)
             yield Point(point.seconds + copying(step, runs, off, machine), left, point.saved, off)
 
@@ -136,7 +136,7 @@ def least_beside_others(step: Step, machine: Machine) -> frozenset[int]:
 
 def path(step: Step, machine: Machine, points: int) -> list[Point]:
     """Sets of storages to save, from the fastest to the slowest."""
-    seconds = [machine.seconds(op) for op in step.ops]
+    seconds = step.seconds(machine)
     roots = {t for i in step.once(needs_tangents) for t in step.ops[i].inputs} | set(step.backward.outputs)
     measured = (_measure(step, seconds, roots, saved) for saved in dict.fromkeys(_sets(step, machine, points)))
     return sorted((point for point in measured if point), key=in_order)

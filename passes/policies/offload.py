@@ -28,22 +28,25 @@ def away(
     tier: Tier = "host",
     in_flight: int | None = 1,
     small: int = SMALL,
+    runs: Runs | None = None,
 ) -> dict[int, Offload]:
-    """Offloads of those `wanted` that cross, as many as the host budget holds, the first ones first."""
+    """Offloads of those `wanted` that cross, as many as the host budget holds, the first ones first; `runs`: the
+    schedule, where it is known.
+    """
     chosen, left = dict[int, Offload](), budget.host_bytes
     for t in wanted:
         size = step.tensors[t].bytes
         if t in step.offloadable and t in saved and size >= small and (tier == "disk" or size <= left):
             left -= size
             chosen[t] = Offload(tier)
-    return placed(step, schedule(step, saved), chosen, machine, in_flight)
+    return placed(step, schedule(step, saved) if runs is None else runs, chosen, machine, in_flight)
 
 
 def in_time(step: Step, runs: Runs, storages: Iterable[int], machine: Machine, backlog: int) -> list[int]:
     """Those that the bus takes as they are made, with at most `backlog` bytes waiting for it."""
-    made, clock = dict[int, float](), 0.0
+    made, clock, seconds = dict[int, float](), 0.0, step.seconds(machine)
     for run in (run for own in runs for run in own):
-        clock += machine.seconds(step.ops[run.op])
+        clock += seconds[run.op]
         for t in step.ops[run.op].outputs:
             made.setdefault(t, clock)
     free, chosen = 0.0, []
@@ -111,17 +114,18 @@ class HandBack:
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         saved = step.read_in_backward
         order = oldest_first(step, saved)
-        everything = away(step, saved, order, budget, machine, in_flight=self.in_flight, small=self.small)
+        runs = schedule(step, saved)
+        everything = away(step, saved, order, budget, machine, in_flight=self.in_flight, small=self.small, runs=runs)
         largest = sorted(everything, key=lambda t: (-step.tensors[t].bytes, t))
 
         def without(count: int) -> Mapping[int, Offload]:
             rest = [t for t in order if t in set(largest[count:])]
-            return away(step, saved, rest, budget, machine, in_flight=self.in_flight, small=self.small)
+            return away(step, saved, rest, budget, machine, in_flight=self.in_flight, small=self.small, runs=runs)
 
         few, many = 0, len(largest)  # as far as is known: handing back `few` fits, more than `many` does not
         while few < many:
             middle = (few + many + 1) // 2
-            if peak(step, saved, without(middle)) <= budget.available:
+            if peak(step, saved, without(middle), runs) <= budget.available:
                 few = middle
             else:
                 many = middle - 1

@@ -24,7 +24,7 @@ from memplan.passes.policies.polish import Candidate, Judge, polished
 from memplan.passes.schedule import saved_by, schedule
 
 EVERY = (1, 2, 4, 8, 16)  # boundaries taken as one
-ROUNDS = 6  # times that options are picked for one chain
+ROUNDS = 10  # times that options are picked for one chain
 NEAR = 0.005  # of the step's time: as good as the best
 CLOSE = 0.002  # of the budget: room that is not worth another round
 

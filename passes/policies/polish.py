@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from memplan.ir import Budget, Machine, Offload, Step
 from memplan.passes.copies import placed
-from memplan.passes.schedule import schedule
+from memplan.passes.schedule import read_in, schedule
 from memplan.passes.simulate import copying, peak
 
 WORK = 150_000  # ops that are simulated at most
@@ -48,20 +48,19 @@ class Judge:
         """The plan in which they cross, less what backward never reads."""
         step, machine = self.step, self.machine
         runs = schedule(step, saved)
-        read = set(step.backward.outputs)
-        for graph, own in zip(step.graphs, runs, strict=True):
-            if graph.phase == "backward":
-                read.update(*(step.ops[run.op].inputs for run in own))
+        read = read_in(step, runs)
         if not saved <= read:  # then other ops run in forward, and points of copies may name some that do not
             saved = saved & read
             runs = schedule(step, saved)
             offloads = placed(step, runs, {t: Offload(d.tier) for t, d in offloads.items() if t in saved}, machine)
-        again = [step.ops[run.op] for own in runs for run in own if run.again]
-        seconds = sum(map(machine.seconds, again)) + (copying(step, runs, offloads, machine) if offloads else 0.0)
-        found = peak(step, saved, offloads)
+        again = [run.op for own in runs for run in own if run.again]
+        seconds = sum(map(step.seconds(machine).__getitem__, again)) + (
+            copying(step, runs, offloads, machine) if offloads else 0
+        )
+        found = peak(step, saved, offloads, runs)
         away = sum(step.tensors[t].bytes for t, d in offloads.items() if d.tier == "host")
         over = max(0, found - self.budget.available) + max(0, away - self.budget.host_bytes)
-        if any(op.fixed for op in again):
+        if any(step.ops[i].fixed for i in again):
             over += 2**62
         return Candidate(over, seconds, found, saved, offloads)
 

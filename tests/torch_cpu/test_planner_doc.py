@@ -50,7 +50,16 @@ def swept() -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- |"
     for name, of in results("policies")["steps"].items():
         took, gap = of["planned_in"]["cpu"], of["worst_gap"]
-        yield f"| `{name}` | {of['ops']} | {took:.1f} | {gap:.1f} | {len(of['broken'])} |"
+        yield f"| `{name}` | {of['ops']} | {took:.1f} | {100 * gap:.1f} | {len(of['broken'])} |"
+
+
+def at_least_budgets() -> Iterator[str]:
+    """Chains that an integer program knows the best plans of."""
+    yield "| chain of | budget, MiB | plan | best known | no plan is below | bound |"
+    yield "| --- " * 6 + "|"
+    for row in results("least_budgets")["rows"]:
+        overheads = (f"{100 * row[key]:.1f}" for key in ("planned", "best", "least", "bound"))
+        yield f"| {row['length']} | {row['budget'] / 2**20:.2f} | {' | '.join(overheads)} |"
 
 
 def judged() -> Iterator[str]:
@@ -78,9 +87,9 @@ def judged() -> Iterator[str]:
 
 def test_the_figures_are_those_of_the_benchmarks() -> None:
     text = " ".join(DOC.read_text().split())
-    for line in (*table(), small(), *judged(), *swept()):
+    for line in (*table(), small(), *judged(), *swept(), *at_least_budgets()):
         assert " ".join(line.split()) in text, line
-    figures = re.findall(r"^\| [\d.]+ \|.*$", DOC.read_text(), re.MULTILINE)
+    figures = re.findall(r"^\| \d+\.\d\d \|.*$", DOC.read_text(), re.MULTILINE)
     assert len(figures) == len(list(table())) - 2
 
 
