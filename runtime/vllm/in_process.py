@@ -124,7 +124,7 @@ class InProcess:
             self._away = False
         return 0
 
-    def join(self, ledger: Ledger, running: str | int = 0) -> None:
+    def join(self, ledger: Ledger, running: str | int | None = None) -> None:
         """Lease what the engine has: weights and what it always takes in all phases, the KV cache in rollout.
 
         running: bytes that it takes besides while it generates, as for a prompt's activations; in rollout too.
@@ -134,13 +134,15 @@ class InProcess:
             ("weights", Resident(self.weight_bytes), self.weight_bytes, always),
             ("engine_fixed", Resident(self.fixed), self.fixed, always),
             ("kv_cache", self, self.kv_bytes, rollout),
-            ("engine_running", Reserved(), parse_bytes(running), rollout),
         ]
+        if running is not None:
+            leases.append(("engine_running", Reserved(), parse_bytes(running), rollout))
         made = list[str]()
         try:
             for tag, tenant, size, phases in leases:
-                ledger.lease(tag, tenant, size, phases)
-                made.append(tag)
+                if size:
+                    ledger.lease(tag, tenant, size, phases)
+                    made.append(tag)
         except BaseException:
             for tag in made:
                 ledger.end(tag)
