@@ -96,7 +96,7 @@ class InProcess:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV cache."""
+        """Bytes of the KV cache, rounded up to chunks of an arena, 2 MiB."""
         return sum(arena.size for arena in self._arenas)
 
     @property

@@ -28,6 +28,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.engine = started(folder, kv_cache=CACHE)
+        self.engine.fixed = 3 * MIB  # in a process that had an engine before it may be nothing
         self.tokens = self.engine.generate(PROMPTS, **SAMPLING)
         self.states = ArenaTenant(Arena.reserve(STATES), "copy")
         self.held = self.states.arena.tensor(0, (STATES // 4,), torch.float32)

@@ -3,6 +3,7 @@
 import pytest
 
 from memplan.errors import MemplanError
+from memplan.runtime.host_pool import PAGE, rounded
 from memplan.runtime.vllm.sizing import cache_size
 
 from .conftest import CONFIGS, SIZES, Start
@@ -14,7 +15,7 @@ def test_vllm_makes_as_many_blocks(start: Start, name: str) -> None:
     assert size.bytes + size.spare == 10**9
     engine = start(name, kv_cache=size.bytes)
     assert engine._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == size.blocks == 17
-    assert engine.kv_bytes == size.bytes
+    assert engine.kv_bytes == rounded(size.bytes, PAGE)
     found = engine.generate([[3, 4, 5]] * 16, max_tokens=125, ignore_eos=True)
     assert all(len(c.tokens) == 125 for c in found)
     assert engine._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.usage == 0
