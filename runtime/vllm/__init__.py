@@ -2,5 +2,6 @@
 
 from memplan.runtime.vllm.in_process import InProcess
 from memplan.runtime.vllm.protocol import Completion, Engine
+from memplan.runtime.vllm.server import Server
 
-__all__ = ["Completion", "Engine", "InProcess"]
+__all__ = ["Completion", "Engine", "InProcess", "Server"]

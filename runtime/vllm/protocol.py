@@ -32,16 +32,16 @@ class Engine(Tenant, Protocol):
         """Weights have changed: forget what was computed with the old ones."""
 
 
-def checked_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> Sequence[Sequence[int]]:
+def checked_prompts(prompts: Sequence[Sequence[int]], vocabulary: int | None = None) -> Sequence[Sequence[int]]:
     """The prompts. Raises MemplanError for what vLLM would take for something else, or never answer."""
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str) or not all(isinstance(token, int) for token in prompt):
             raise MemplanError(f"prompt {number} is {repr(prompt)[:40]}: prompts are lists of token ids, as ints")
         if not len(prompt):
             raise MemplanError(f"prompt {number} is empty: give one token at least")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-            raise MemplanError(f"prompt {number} has token {wrong}: the model knows 0 to {vocabulary - 1}")
+        wrong = next((token for token in prompt if not 0 <= token < (vocabulary or token + 1)), None)
+        if wrong is not None:
+            raise MemplanError(f"prompt {number} has token {wrong}: the vocabulary has {vocabulary or 'none below 0'}")
     return prompts
 
 

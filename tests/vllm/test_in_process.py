@@ -92,7 +92,7 @@ def test_what_is_not_a_prompt_is_refused(engine: InProcess) -> None:
         ([[1], []], "prompt 1 is empty: give one token at least"),
         ([[1.5]], r"prompt 0 is \[1.5\]: prompts are lists"),
         ([[1] * 128], "vLLM has not taken the prompts: .*128"),
-        ([[1], [2, 131]], "prompt 1 has token 131: the model knows 0 to 130"),
+        ([[1], [2, 131]], "prompt 1 has token 131: the vocabulary has 131"),
     ):
         with pytest.raises(MemplanError, match=why):
             engine.generate(prompts)
