@@ -53,7 +53,7 @@ class InProcess:
         self._away = False
         self._unfinished: dict[str, int] = {}  # by request: which prompt it was, counted from the first one
         self._submitted = 0
-        self.close = weakref.finalize(self, _close, llm, beside)
+        self.close = weakref.finalize(self, _close, llm, self._worker, beside)
 
     @staticmethod
     def start(folder: str | os.PathLike[str], kv_cache: str | int, **options: Any) -> InProcess:
@@ -262,9 +262,10 @@ def _completions(prompt: int, output: Any) -> Iterator[Completion]:
         yield Completion(prompt, found.index, tuple(found.token_ids), tuple(chosen), str(found.finish_reason))
 
 
-def _close(llm: Any, beside: Beside) -> None:
+def _close(llm: Any, worker: Any, beside: Beside) -> None:
     with beside.running():
         llm.llm_engine.engine_core.shutdown()
+        worker.discard(("kv_cache",))
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ def test_a_closed_engine_says_so_and_there_is_one_at_a_time(start: Start) -> Non
     assert there.generate(PROMPTS, **SAMPLING)
     there.close()
     there.close()
+    assert there.resident == 0
     for call in (lambda: there.generate(PROMPTS), there.release, there.restore, there.invalidate):
         with pytest.raises(MemplanError, match="the engine is closed: start another one"):
             call()
