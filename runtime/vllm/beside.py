@@ -1,7 +1,9 @@
 """What an engine changes in the process that it is in: kept apart from the trainer's.
 
-In: a block that starts or runs the engine. Out: after it process groups, random states, the number of threads and the
-garbage collector are as the trainer left them, whether it has groups or not; inside, the engine has its own.
+In: a block that starts or runs the engine. Out: after it process groups, random states, the number of threads, the
+garbage collector, warnings and the hook for exceptions are as the trainer left them, whether it has groups or not;
+inside, the engine has its own. Another thread that draws random numbers meanwhile draws the engine's. What vLLM adds to
+the environment stays: it reads it again.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +39,8 @@ class Beside:
         """The engine's own inside the block, the trainer's again after it."""
         self._swap()
         try:
-            yield
+            with torch.autocast("cpu", enabled=False):  # or vLLM rounds tables that it keeps
+                yield
         finally:
             self._swap()
 
@@ -43,12 +48,14 @@ class Beside:
     def starting(self) -> Iterator[None]:
         """The same, and what starting an engine changes besides."""
         set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+        hook = sys.excepthook
         try:
-            with self.running():
+            with warnings.catch_warnings(), self.running():
                 yield
         finally:
             torch.set_num_threads = set_threads
             set_threads(threads)
+            sys.excepthook = hook
             gc.unfreeze()
 
     def _swap(self) -> None:

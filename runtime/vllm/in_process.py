@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memplan import memory
 from memplan.errors import MemplanError
@@ -50,7 +51,7 @@ class InProcess:
         with beside.running():
             self._worker = llm.collective_rpc(_itself)[0]
             self._module: nn.Module = llm.apply_model(_itself)[0]
-        self._away = False
+        self._away, self._stale = False, False  # stale: weights may have changed
         self._unfinished: dict[str, int] = {}  # by request: which prompt it was, counted from the first one
         self._submitted = 0
         self.close = weakref.finalize(self, _close, llm, self._worker, beside)
@@ -69,9 +70,19 @@ class InProcess:
             vllm = installed()
             if vllm.distributed.parallel_state.model_parallel_is_initialized():
                 raise MemplanError("there is a vLLM engine in this process, and it can have one: close() that first")
-            usual = {"logprobs_mode": "processed_logprobs", "seed": 0, "enforce_eager": True}
+            usual = {
+                "logprobs_mode": "processed_logprobs",
+                "seed": 0,
+                "enforce_eager": True,
+                "skip_tokenizer_init": True,
+            }
             usual["enable_chunked_prefill"] = False  # on the CPU vLLM cannot take back what a seeded request samples
             try:
+                args = vllm.engine.arg_utils.EngineArgs(os.fspath(folder), **{**usual, **options})
+                if args.create_model_config().using_transformers_backend():
+                    raise MemplanError(
+                        "vLLM has no model of its own for it, and would change transformers' for you too"
+                    )
                 llm = vllm.LLM(
                     os.fspath(folder),
                     worker_cls="memplan.runtime.vllm.worker.ArenaWorker",
@@ -106,7 +117,8 @@ class InProcess:
 
     def release(self) -> int:
         """Forget the KV cache. What is unfinished is kept, and goes on after `restore`."""
-        self._alive()
+        if not self.close.alive:
+            return 0  # it has nothing any more, and is not in the way of others
         with self._beside.running():
             self._away = True
             self._llm.sleep(level=0, mode="keep")
@@ -121,7 +133,7 @@ class InProcess:
         with self._beside.running():
             self._worker.wake_up(["kv_cache"])
             self._llm.wake_up(tags=["scheduling"])
-            self._away = False
+            self._away, self._stale = False, True
         return 0
 
     def join(self, ledger: Ledger, running: str | int | None = None) -> None:
@@ -162,21 +174,28 @@ class InProcess:
     def share(self, model: nn.Module) -> Shared:
         """Make the parameters of a transformers model views of vLLM's, with the values that the model has.
 
-        Parameters on meta get vLLM's values. See weights.py; what cannot be shared is copied before the engine runs,
-        and `report()` of what is returned names it.
+        Parameters on meta get vLLM's values and are new objects: make an optimizer afterwards. What cannot be shared is
+        copied before the engine runs, and `report()` of what is returned names it.
         """
         self._alive()
+        if self.shared is not None and self.shared.model is not model:
+            raise MemplanError("the engine shares another model's weights already: start another engine for this one")
         self.shared = share(model, self._module, self._llm.llm_engine.vllm_config.model_config.hf_config)
+        _mark_stale_after_steps(self)
         self.invalidate()
         return self.shared
 
     def invalidate(self) -> None:
-        """Say that weights have changed. Changes that autograd can see, as an optimizer's, are found without."""
+        """Say that weights have changed. What autograd can see, and what torch's optimizers do, is found without."""
         self._alive()
+        self._stale = True
         if self.shared is not None:
             self.shared.copy()
         with self._beside.running():
             self._llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        if self.shared is not None:
+            self.shared.seen = self.shared.versions()
+        self._stale = False
 
     # ---- rollouts
 
@@ -199,23 +218,25 @@ class InProcess:
         """Queue prompts. Returns their numbers, which their completions will have."""
         self._alive()
         known = self._llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
-        wanted = [{"prompt_token_ids": list(prompt)} for prompt in checked_prompts(prompts, known)]
+        wanted = [{"prompt_token_ids": prompt} for prompt in checked_prompts(prompts, known)]
         vllm = installed()
         try:
-            params = vllm.SamplingParams(**{"logprobs": 0, "detokenize": False, **sampling})
+            params = vllm.SamplingParams(**{"detokenize": False, **sampling, "logprobs": 0})
         except Exception as error:
             raise MemplanError(f"sampling {sampling!r} is not what vLLM takes: {error}") from error
         params.output_kind = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         first = self._submitted
+        self._submitted += len(wanted)
         with self._beside.running():
             try:
                 for number, prompt in enumerate(wanted, first):
                     self._unfinished[str(number)] = number
                     self._llm.llm_engine.add_request(str(number), prompt, params.clone())
-            except Exception as error:
+            except BaseException as error:
                 self._abort([str(number) for number in range(first, first + len(wanted))])
+                if not isinstance(error, Exception):
+                    raise
                 raise MemplanError(f"vLLM has not taken the prompts: {error}") from error
-        self._submitted += len(wanted)
         return range(first, self._submitted)
 
     def advance(self, steps: int | None = None) -> list[Completion]:
@@ -225,6 +246,8 @@ class InProcess:
         with self._beside.running():
             try:
                 while self._unfinished and steps != 0:
+                    if not self._llm.llm_engine.has_unfinished_requests():
+                        raise MemplanError(f"vLLM has lost {len(self._unfinished)} requests: submit them again")
                     for output in self._llm.llm_engine.step():
                         if output.finished:
                             done += _completions(self._unfinished.pop(output.request_id), output)
@@ -244,12 +267,23 @@ class InProcess:
                 "the engine's KV cache is not on the device: generate inside `with ledger.phase('rollout')`, or call "
                 "restore() first"
             )
-        if self.shared is not None and self.shared.changed():
+        if self._stale or (self.shared is not None and self.shared.changed()):
             self.invalidate()
 
     def _alive(self) -> None:
         if not self.close.alive:
             raise MemplanError("the engine is closed: start another one")
+
+
+def _mark_stale_after_steps(engine: InProcess) -> None:
+    """After a step of any optimizer weights may have changed: a fused one writes where autograd does not see it."""
+    there = weakref.ref(engine)
+
+    def stepped(*_: Any) -> None:
+        if (found := there()) is not None:
+            found._stale = True
+
+    weakref.finalize(engine, register_optimizer_step_post_hook(stepped).remove)
 
 
 def _itself(what: Any) -> Any:

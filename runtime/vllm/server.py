@@ -1,6 +1,6 @@
 """A vLLM engine in a process of its own, over HTTP: its KV cache is a tenant of the ledger too.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve checkpoint/ --enable-sleep-mode
+    VLLM_SERVER_DEV_MODE=1 vllm serve checkpoint/ --enable-sleep-mode  # on a CPU see README
     engine = Server("http://127.0.0.1:8000", kv_cache="8GB")
 
 In: the address of a server on this machine, and the bytes of its cache. Out: the same as of an engine in process, but
@@ -13,6 +13,7 @@ request, how often it was tried, and what came back.
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -25,22 +26,30 @@ from memplan.runtime.ledger import Restored
 from memplan.runtime.vllm.protocol import Completion, checked_prompts
 from memplan.units import parse_bytes
 
+# Said to a server each time: it would take what the checkpoint says else.
+_WHOLE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _PAUSE = 0.2  # seconds before the first retry; twice as long before each further one
 
 
 class Server:
-    """See the module. timeout: seconds for an answer, of `generate` `generating`; both of one try."""
+    """See the module. timeout: seconds without an answer, of `generate` `generating`; both of one try. processed: its
+    log-probs are of what it samples from, temperature and all, as --logprobs-mode processed_logprobs makes them.
+    """
 
     restored: Restored = "nothing"
 
     def __init__(
-        self, address: str, kv_cache: str | int, *, timeout: float = 60, generating: float = 3600, retries: int = 2
-    ) -> None:
+        self, address: str, kv_cache: str | int, *, timeout: float = 60, generating: float = 3600,
+        retries: int = 2, processed: bool = False,
+    ) -> None:  # fmt: skip
         self.address, self.kv_bytes = address.rstrip("/"), parse_bytes(kv_cache)
         self.timeout, self.generating, self.retries = timeout, generating, retries
+        self.processed = processed
         self._away = False
-        served = self._ask("GET", "/v1/models")["data"][0]
-        self.model, self.longest = str(served["id"]), served.get("max_model_len")
+        try:
+            self.model = str(self._ask("GET", "/v1/models")["data"][0]["id"])
+        except (LookupError, TypeError):
+            raise MemplanError(f"what is at {self.address} is not a vLLM server: it does not list its model") from None
         if self._ask("GET", "/is_sleeping")["is_sleeping"]:
             raise MemplanError(
                 f"the engine at {self.address} is asleep already: wake it up, or end who has put it to sleep"
@@ -73,13 +82,15 @@ class Server:
         """Completions of all prompts, in their order, n for each. sampling: of vLLM's completions (n, max_tokens,
         temperature, seed, stop_token_ids, ...). Not tried again when it fails.
         """
+        if not self.processed and any(sampling.get(name, value) != value for name, value in _WHOLE.items()):
+            raise MemplanError(
+                f"sampling {sampling!r} is not from the whole distribution, of which this server's log-probs are: "
+                "start it with --logprobs-mode processed_logprobs, and give Server processed=True"
+            )
         asked = {
-            "model": self.model,
-            "prompt": [list(prompt) for prompt in checked_prompts(prompts)],
+            "model": self.model, "prompt": checked_prompts(prompts), "return_token_ids": True, **_WHOLE, **sampling,
             "logprobs": 0,
-            "return_token_ids": True,
-            **sampling,
-        }
+        }  # fmt: skip
         if self._away:
             raise MemplanError(
                 "the engine's KV cache is not on the device: generate inside `with ledger.phase('rollout')`, or call "
@@ -125,7 +136,7 @@ class Server:
             try:
                 return self._once(method, path, body, waited)
             except urllib.error.HTTPError as error:
-                said = error.read().decode(errors="replace")[:500]
+                said = _said(error)
                 if done and done in said:
                     return None
                 why = f"answers {error.code}: {said}"
@@ -133,7 +144,7 @@ class Server:
                     break  # saying it again does not help
             except TimeoutError:
                 why = f"does not answer within {waited:g} s"
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 why = f"is not there, or has died: {getattr(error, 'reason', error)}"
         times = f"tried {number + 1} times" if number else "tried once"
         hint = "; start the server with VLLM_SERVER_DEV_MODE=1" if why.startswith("answers 404") else ""
@@ -150,3 +161,11 @@ class Server:
                 raise error.reason from None
             raise
         return json.loads(text) if text else None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The body of an error, as far as it comes."""
+    try:
+        return error.read().decode(errors="replace")[:500]
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)

@@ -10,6 +10,7 @@ by that loader, each time before the engine runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.errors import MemplanError
 
-_SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_SAME = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "tie_word_embeddings", "rms_norm_eps", "hidden_act", "attention_bias", "sliding_window", "rope_parameters",
+)  # fmt: skip
+_PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")  # vLLM's, that keep weights as they are loaded
 
 
 @dataclass
@@ -30,10 +35,10 @@ class Shared:
     engine: nn.Module
     addresses: dict[str, int] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
-    seen: tuple[int, ...] = ()
+    seen: tuple[Any, ...] = ()  # of what the engine has
 
     def changed(self) -> bool:
-        """Has anything been written to a parameter since `copy`? Raises MemplanError where one has moved away."""
+        """Has anything that autograd sees been written since `seen`? Raises MemplanError where one has moved away."""
         named = dict(self.model.named_parameters())
         for name, address in self.addresses.items():
             if name not in named or named[name].data_ptr() != address:
@@ -41,21 +46,21 @@ class Shared:
                     f"parameter {name!r} is not in the engine's memory any more, as after model.to() or assign=True: "
                     "share() the model again"
                 )
-        return self._versions() != self.seen
+        return self.versions() != self.seen
 
     def copy(self) -> None:
-        """Bring the engine what is not shared, and remember what it has."""
+        """Bring the engine what is not shared."""
         for name in self.copied:
             _load(self.engine, name, self.model.get_parameter(name).detach())
-        self.seen = self._versions()
 
     def report(self) -> str:
         """What is shared, and what is copied, a line each."""
         lines = [f"{name} is copied before each rollout: {why}" for name, why in self.copied.items()]
         return "\n".join([f"{len(self.addresses)} parameters are the engine's own memory", *lines])
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.model.parameters())
+    def versions(self) -> tuple[Any, ...]:
+        """What there is: parameters, where they are, and how often autograd saw them written."""
+        return tuple((id(p), p.data_ptr(), p._version) for p in self.model.parameters())
 
 
 def share(model: nn.Module, engine: nn.Module, config: Any) -> Shared:
@@ -68,15 +73,16 @@ def share(model: nn.Module, engine: nn.Module, config: Any) -> Shared:
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         model.tie_weights()  # type: ignore[operator]  # which a model that is made on meta has not done
     named = dict(model.named_parameters())
-    shared, places = Shared(model, engine), dict[str, torch.Tensor]()
+    shared, places, covered = Shared(model, engine), dict[str, torch.Tensor](), Counter[int]()
     for name, p in named.items():
-        found = _place(engine, name, p)
+        found = _place(engine, name, p, covered)
         if isinstance(found, torch.Tensor):
             places[name] = found
         elif p.is_meta:
             raise MemplanError(f"parameter {name!r} is on meta and cannot be the engine's ({found}): give it values")
         else:
             shared.copied[name] = found
+    _check_covered(engine, covered)
     for name, place in places.items():
         shared.addresses[name] = _moved(model, named[name], place).data_ptr()
     return shared
@@ -116,8 +122,23 @@ class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return written
 
 
-def _place(engine: nn.Module, name: str, p: torch.Tensor) -> torch.Tensor | str:
-    """Where the engine has a parameter, or why that is no place for the trainer's."""
+def _check_covered(engine: nn.Module, covered: Counter[int]) -> None:
+    """Every parameter of the engine has its values from the trainer, but for what pads a vocabulary."""
+    for path, module in engine.named_modules():
+        method = type(getattr(module, "quant_method", None)).__name__
+        for name, p in module.named_parameters(recurse=False):
+            if method not in (*_PLAIN, "NoneType"):
+                raise MemplanError(f"parameter {path}.{name!r} cannot be kept up to date: vLLM packs it ({method})")
+            found = covered[p.untyped_storage().data_ptr()]
+            if found != p.numel() and not (found and hasattr(module, "org_vocab_size")):
+                raise MemplanError(
+                    f"the engine is of another model: it has {path}.{name} {tuple(p.shape)}, and the trainer {found} "
+                    f"numbers of {p.numel()}; start it from a checkpoint of this one"
+                )
+
+
+def _place(engine: nn.Module, name: str, p: torch.Tensor, covered: Counter[int]) -> torch.Tensor | str:
+    """Where the engine has a parameter, or why that is no place for the trainer's. Counts numbers by storage."""
     probe = torch.empty(p.shape, dtype=p.dtype)  # never touched
     with _Watched(engine) as watched:
         _load(engine, name, probe)
@@ -126,6 +147,8 @@ def _place(engine: nn.Module, name: str, p: torch.Tensor) -> torch.Tensor | str:
             f"the engine is of another model: of parameter {name!r} {tuple(p.shape)} it takes {size} numbers of "
             f"{p.numel()}; start it from a checkpoint of this one"
         )
+    for written, _ in watched.copies:
+        covered[written.untyped_storage().data_ptr()] += written.numel()
     if len(watched.copies) != 1:
         return f"vLLM keeps it in {len(watched.copies)} pieces"
     to: torch.Tensor

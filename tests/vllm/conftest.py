@@ -14,10 +14,12 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from memplan.runtime.vllm import InProcess
@@ -31,7 +33,7 @@ SIZES: dict[str, Any] = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,  # what vLLM's attention takes at least
-    max_position_embeddings=256,
+    max_position_embeddings=512,
     bos_token_id=None,
     eos_token_id=2,
     pad_token_id=0,
@@ -44,6 +46,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES),
     "gemma": GemmaConfig(**SIZES),
     "gpt2": GPT2Config(vocab_size=131, n_embd=128, n_head=4, n_layer=2, bos_token_id=None, eos_token_id=2),
+}
+REFUSED: dict[str, PretrainedConfig] = {
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+    "olmo2": Olmo2Config(**{name: value for name, value in SIZES.items() if name != "head_dim"}),
 }
 KV = 4 * 2**20
 
@@ -80,7 +86,7 @@ Start = Callable[..., InProcess]
 
 def started(folder: Path, name: str = "llama", kv_cache: int = KV, **options: Any) -> InProcess:
     """An engine of random weights."""
-    model_of(CONFIGS[name]).save_pretrained(folder)
+    model_of((CONFIGS | REFUSED)[name]).save_pretrained(folder)
     usual = {"skip_tokenizer_init": True, "max_model_len": 128, "dtype": "float32", "max_num_seqs": 16}
     return InProcess.start(folder, kv_cache, **{**usual, **options})
 

@@ -239,8 +239,10 @@ def test_what_fails_is_tried_again_and_then_named(server: Server, proxy: Proxy) 
     proxy.faults["/v1/completions"] = ["500 before"]
     with pytest.raises(MemplanError, match=r"POST /v1/completions: .* answers 500: boom \(tried once\)"):
         server.generate(PROMPTS)
-    with pytest.raises(MemplanError, match=r"POST /v1/completions: .* answers 400: .*temperature.* \(tried once\)"):
-        server.generate(PROMPTS, temperature=-1)
+    with pytest.raises(MemplanError, match=r"POST /v1/completions: .* answers 400: .*max_tokens.* \(tried once\)"):
+        server.generate(PROMPTS, max_tokens=-1)
+    with pytest.raises(MemplanError, match="is not from the whole distribution, of which this server's log-probs are"):
+        server.generate(PROMPTS, temperature=0.5)
 
 
 def test_an_engine_that_is_asleep_or_no_engine_is_refused(server: Server, proxy: Proxy) -> None:

@@ -3,6 +3,8 @@
 import gc
 import os
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,10 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 def process() -> list[Any]:
-    return [
-        random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_num_threads(),
-        torch.set_num_threads, dist.is_initialized(), gc.get_freeze_count() == 0,
-        {name: value for name, value in os.environ.items() if name.startswith("VLLM_ENABLE")},
-    ]  # fmt: skip
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    names = {name: value for name, value in os.environ.items() if name.startswith("VLLM_ENABLE")}
+    hooks = sys.excepthook, list(warnings.filters), torch.set_num_threads
+    return [*states, torch.get_num_threads(), *hooks, dist.is_initialized(), gc.get_freeze_count() == 0, names]
 
 
 def test_the_process_is_left_as_it_was(start: Start) -> None:
@@ -69,7 +70,8 @@ def test_a_closed_engine_says_so_and_there_is_one_at_a_time(start: Start) -> Non
     there.close()
     there.close()
     assert there.resident == 0
-    for call in (lambda: there.generate(PROMPTS), there.release, there.restore, there.invalidate):
+    assert there.release() == 0  # it is not in the way of others
+    for call in (lambda: there.generate(PROMPTS), there.restore, there.invalidate):
         with pytest.raises(MemplanError, match="the engine is closed: start another one"):
             call()
 

@@ -1,6 +1,7 @@
 """One copy of the weights: what the optimizer writes, the engine samples from, with nothing between them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from memplan.errors import MemplanError
 from memplan.grpo import token_logprobs
 from memplan.runtime.vllm import Completion, InProcess
 
-from .conftest import CONFIGS, Start, model_of
+from .conftest import CONFIGS, REFUSED, Start, model_of
 
 PROMPTS = [[3, 4, 5, 6 + k] for k in range(4)]
 SHARED = [name for name in CONFIGS if name != "gpt2"]
@@ -79,34 +80,48 @@ def test_a_model_without_memory_takes_the_engines(start: Start) -> None:
         engine.close()
 
 
-def test_what_was_computed_with_old_weights_is_forgotten(engine: InProcess) -> None:
-    model = model_of(CONFIGS["llama"])
-    engine.share(model)
-    prompt = [[*range(3, 100)]]  # long enough to be remembered by its prefix
-    first = engine.generate(prompt, max_tokens=4, temperature=0.0)
-    assert engine.generate(prompt, max_tokens=4, temperature=0.0) == first
+LONG = [3 + k % 100 for k in range(300)]  # two blocks and more: what is remembered is whole blocks
+
+
+def changed_by_hand(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
-    changed = engine.generate(prompt, max_tokens=4, temperature=0.0)
-    ids = torch.tensor([[*prompt[0], *changed[0].tokens]])
-    with torch.no_grad():
-        ours = token_logprobs(model, ids)[0, len(prompt[0]) - 1 :]
-    torch.testing.assert_close(ours, torch.tensor(changed[0].logprobs), atol=1e-5, rtol=0)
 
 
-def test_a_change_that_autograd_does_not_see_is_said(engine: InProcess) -> None:
-    model = model_of(CONFIGS["llama"])
-    engine.share(model)
-    prompt = [[*range(3, 100)]]
-    engine.generate(prompt, max_tokens=1)
+def changed_by_a_fused_step(model: PreTrainedModel) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)  # which autograd does not see
+    trained(model, optimizer)
+
+
+def changed_behind_autograd(model: PreTrainedModel) -> None:
     for p in model.parameters():
         p.data.mul_(1.5)
-    engine.invalidate()
-    found = engine.generate(prompt, max_tokens=1, temperature=1.0)
-    ids = torch.tensor([[*prompt[0], *found[0].tokens]])
-    with torch.no_grad():
-        assert abs(float(token_logprobs(model, ids)[0, -1]) - found[0].logprobs[0]) < 1e-5
+
+
+@pytest.mark.parametrize("change", [changed_by_hand, changed_by_a_fused_step, changed_behind_autograd])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # shared, and copied
+def test_what_was_computed_with_old_weights_is_forgotten(start: Start, name: str, change: Any) -> None:
+    engine = start(name, max_model_len=400)
+    model = model_of(CONFIGS[name])
+    engine.share(model)
+    for _ in range(2):
+        found = engine.generate([LONG], max_tokens=4, temperature=1.0)
+        ids = torch.tensor([[*LONG, *found[0].tokens]])
+        with torch.no_grad():
+            ours = token_logprobs(model, ids)[0, len(LONG) - 1 :]
+        torch.testing.assert_close(ours, torch.tensor(found[0].logprobs), atol=2e-5, rtol=0)
+        change(model)
+        if change is changed_behind_autograd:
+            engine.invalidate()
+
+
+def test_autocast_of_the_trainer_does_not_reach_the_engine(engine: InProcess) -> None:
+    model = model_of(CONFIGS["llama"])
+    engine.share(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = engine.generate(PROMPTS, max_tokens=16, ignore_eos=True)
+    assert off_by(model, found) < 1e-5
 
 
 def test_another_model_is_refused_and_nothing_is_moved(engine: InProcess, tmp_path: Path) -> None:
@@ -117,6 +132,9 @@ def test_another_model_is_refused_and_nothing_is_moved(engine: InProcess, tmp_pa
     ):
         with pytest.raises(MemplanError, match=why):
             engine.share(model_of(CONFIGS[name]))
+    for key, value in (("rms_norm_eps", 0.1), ("tie_word_embeddings", True), ("hidden_act", "gelu")):
+        with pytest.raises(MemplanError, match=f"the engine is of another model, with {key} "):
+            engine.share(model_of(type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), key: value})))
     config = type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "intermediate_size": 160})
     model = model_of(config)
     at = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -146,3 +164,22 @@ def test_another_dtype_is_copied_and_said(engine: InProcess) -> None:
         model.model.norm.weight.mul_(2)
     engine.generate(PROMPTS, max_tokens=1)
     assert torch.equal(engine.params()["model.norm.weight"], model.model.norm.weight.float())
+
+
+def test_what_vllm_packs_or_has_no_model_for_is_refused(start: Start) -> None:
+    model = model_of(REFUSED["qwen3-moe"])
+    with pytest.raises(MemplanError, match=r"vLLM packs it|is not taken by vLLM's|vLLM's .* has no place for"):
+        start("qwen3-moe").share(model)
+
+
+def test_an_architecture_that_vllm_takes_from_transformers_is_refused(start: Start) -> None:
+    with pytest.raises(MemplanError, match="vLLM has no model of its own for it, and would change transformers' for"):
+        start("olmo2")
+    ids = torch.tensor(PROMPTS)
+    model_of(REFUSED["olmo2"])(input_ids=ids)  # transformers' own still works
+
+
+def test_a_second_model_is_refused(engine: InProcess) -> None:
+    engine.share(model_of(CONFIGS["llama"]))
+    with pytest.raises(MemplanError, match="the engine shares another model's weights already"):
+        engine.share(model_of(CONFIGS["llama"]))
