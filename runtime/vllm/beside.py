@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -32,17 +34,21 @@ class Beside:
         self._own: dict[str, Any] = {name: {} for name in _TABLES}
         self._own |= {"_default_pg_init_method": None, "_group_count": _FIRST_NAME}
         self._default: Any = None
+        self._inside = False
         self._random = _random_states()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The engine's own inside the block, the trainer's again after it."""
-        self._swap()
         try:
+            with _uninterrupted():
+                self._swap()
             with torch.autocast("cpu", enabled=False):  # or vLLM rounds tables that it keeps
                 yield
         finally:
-            self._swap()
+            with _uninterrupted():
+                if self._inside:
+                    self._swap()
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
@@ -67,6 +73,23 @@ class Beside:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+        self._inside = not self._inside
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """An interrupt from the keyboard comes after the block, and not in the middle of it."""
+    came, known = list[Any](), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(known):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, known)
+        if came:
+            known(*came[0])
 
 
 def _random_states() -> tuple[Any, Any, torch.Tensor]:

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -74,6 +75,28 @@ def test_a_closed_engine_says_so_and_there_is_one_at_a_time(start: Start) -> Non
     for call in (lambda: there.generate(PROMPTS), there.restore, there.invalidate):
         with pytest.raises(MemplanError, match="the engine is closed: start another one"):
             call()
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interrupt_leaves_the_process_to_the_trainer(
+    start: Start, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    there = start()
+    first, before, calls = there.generate(PROMPTS, **SAMPLING), process(), iter([1, 2, 3, 4])
+    real = random.setstate
+
+    def interrupted(state: Any) -> None:  # in the middle of going to the engine's states, or of coming back
+        real(state)
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(random, "setstate", interrupted)
+        there.release()
+    assert process() == before
+    there.release()
+    there.restore()
+    assert there.generate(PROMPTS, **SAMPLING) == first
 
 
 def test_what_cannot_start_says_why(tmp_path: Path) -> None:
