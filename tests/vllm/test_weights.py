@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memplan.errors import MemplanError
@@ -14,6 +13,7 @@ from memplan.runtime.vllm import Completion, InProcess
 
 from .conftest import CONFIGS, REFUSED, Start, model_of
 
+init_empty_weights = pytest.importorskip("accelerate").init_empty_weights
 PROMPTS = [[3, 4, 5, 6 + k] for k in range(4)]
 SHARED = [name for name in CONFIGS if name != "gpt2"]
 
