@@ -54,6 +54,7 @@ class InProcess:
         self._away, self._stale = False, False  # stale: weights may have changed
         self._unfinished: dict[str, int] = {}  # by request: which prompt it was, counted from the first one
         self._submitted = 0
+        _mark_stale_after_steps(self)
         self.close = weakref.finalize(self, _close, llm, self._worker, beside)
 
     @staticmethod
@@ -75,8 +76,8 @@ class InProcess:
                 "seed": 0,
                 "enforce_eager": True,
                 "skip_tokenizer_init": True,
+                "enable_chunked_prefill": False,  # on the CPU vLLM cannot take back what a seeded request samples
             }
-            usual["enable_chunked_prefill"] = False  # on the CPU vLLM cannot take back what a seeded request samples
             try:
                 args = vllm.engine.arg_utils.EngineArgs(os.fspath(folder), **{**usual, **options})
                 if args.create_model_config().using_transformers_backend():
@@ -181,7 +182,6 @@ class InProcess:
         if self.shared is not None and self.shared.model is not model:
             raise MemplanError("the engine shares another model's weights already: start another engine for this one")
         self.shared = share(model, self._module, self._llm.llm_engine.vllm_config.model_config.hf_config)
-        _mark_stale_after_steps(self)
         self.invalidate()
         return self.shared
 
