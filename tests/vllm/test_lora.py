@@ -1,7 +1,7 @@
 """LoRA beside an engine: one copy of the base, and what is sampled is from base and adapter as they are now."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from memplan.runtime.ledger import Ledger
 from memplan.runtime.vllm import InProcess
 from memplan.runtime.vllm.weights import Shared
 
-from .conftest import CONFIGS, Start, model_of
+from .conftest import CONFIGS, Start, model_of, started
 from .test_weights import LONG, PROMPTS, SHARED, off_by, trained
 
 peft = pytest.importorskip("peft")
@@ -45,11 +45,6 @@ def assert_one_copy(engine: InProcess, model: nn.Module, shared: Shared) -> None
         assert inside == ("lora_" not in name), name
 
 
-@pytest.fixture
-def engine(start: Start) -> InProcess:
-    return start()
-
-
 @pytest.mark.parametrize("name", SHARED)
 def test_engine_and_trainer_agree_before_and_after_steps_of_adapters(start: Start, name: str) -> None:
     engine = start(name)
@@ -71,6 +66,60 @@ def test_engine_and_trainer_agree_before_and_after_steps_of_adapters(start: Star
             trained(model, optimizer)
         assert len(said) == 3
         base = model.unload()
+
+
+def test_biases_are_adapted_too(start: Start) -> None:
+    engine = start("qwen2")
+    model = adapted(model_of(CONFIGS["qwen2"]), targets=FEW, lora_bias=True, bias="all")
+    engine.share(model)
+    changed = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert len(changed) == 2 * (3 + 2) and all(p.requires_grad for p in changed)
+    with torch.no_grad():
+        for p in changed:
+            p.add_(torch.randn_like(p))
+    assert off_by(model, engine.generate(PROMPTS, **ROLLOUT)) < 1e-5
+
+
+def test_adapters_of_another_dtype_compute_in_it(start: Start) -> None:
+    """As PEFT does with a base of bfloat16: products in float32, added, and rounded once."""
+    engine = start(dtype="bfloat16")
+    model = adapted(model_of(CONFIGS["llama"]).bfloat16())
+    shared = engine.share(model)
+    assert_one_copy(engine, model, shared)
+    assert {p.dtype for p in adapters_of(model)} == {torch.float32}
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    theirs = engine._module.get_submodule("model.layers.0.mlp.down_proj")
+    x = torch.randn(5, layer.in_features).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(theirs(x)[0], layer(x))
+
+
+def test_adapters_of_what_is_not_shared_are_refused(start: Start) -> None:
+    model = peft.get_peft_model(
+        model_of(CONFIGS["gpt2"]), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    why = "the adapter at 'transformer.h.0.attn.c_attn' has no place in the engine: vLLM keeps it in 3 pieces"
+    with pytest.raises(MemplanError, match=why):
+        start("gpt2").share(model)
+
+
+# From here on one engine for all tests: a process has one at a time, so those with others come first.
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    there = started(tmp_path_factory.mktemp("llama"), max_model_len=400)
+    yield there
+    there.close()
+
+
+@pytest.fixture
+def engine(llama: InProcess) -> Iterator[InProcess]:
+    """One for all of these tests, which shares nothing at first."""
+    yield llama
+    if llama.shared is not None:
+        llama.shared.adapters.remove()
+        llama.shared = None
 
 
 def test_the_reference_policy_is_the_model_with_its_adapters_disabled(engine: InProcess) -> None:
@@ -115,8 +164,7 @@ def both(model: Any) -> None:
     model.base_model.set_adapter(["default", "second"])
 
 
-def test_the_engine_does_as_peft_does_now_and_forgets_what_it_computed_before(start: Start) -> None:
-    engine = start(max_model_len=400)
+def test_the_engine_does_as_peft_does_now_and_forgets_what_it_computed_before(engine: InProcess) -> None:
     model = adapted(model_of(CONFIGS["llama"]))
     engine.share(model)
     seen = set()
@@ -130,32 +178,6 @@ def test_the_engine_does_as_peft_does_now_and_forgets_what_it_computed_before(st
         torch.testing.assert_close(ours, torch.tensor(found[0].logprobs), atol=2e-5, rtol=0)
         seen.add(round(float(token_logprobs(model, torch.tensor([LONG])).detach().sum()), 2))
     assert len(seen) == 5  # merged or not, it is the same
-
-
-def test_biases_are_adapted_too(start: Start) -> None:
-    engine = start("qwen2")
-    model = adapted(model_of(CONFIGS["qwen2"]), targets=FEW, lora_bias=True, bias="all")
-    engine.share(model)
-    changed = [p for name, p in model.named_parameters() if name.endswith("bias")]
-    assert len(changed) == 2 * (3 + 2) and all(p.requires_grad for p in changed)
-    with torch.no_grad():
-        for p in changed:
-            p.add_(torch.randn_like(p))
-    assert off_by(model, engine.generate(PROMPTS, **ROLLOUT)) < 1e-5
-
-
-def test_adapters_of_another_dtype_compute_in_it(start: Start) -> None:
-    """As PEFT does with a base of bfloat16: products in float32, added, and rounded once."""
-    engine = start(dtype="bfloat16")
-    model = adapted(model_of(CONFIGS["llama"]).bfloat16())
-    shared = engine.share(model)
-    assert_one_copy(engine, model, shared)
-    assert {p.dtype for p in adapters_of(model)} == {torch.float32}
-    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
-    theirs = engine._module.get_submodule("model.layers.0.mlp.down_proj")
-    x = torch.randn(5, layer.in_features).bfloat16()
-    with torch.inference_mode():
-        assert torch.equal(theirs(x)[0], layer(x))
 
 
 def test_a_base_without_memory_takes_the_engines_and_then_adapters(engine: InProcess) -> None:
@@ -264,15 +286,6 @@ def test_adapters_that_become_others_are_refused_before_the_next_rollout(engine:
         engine.generate(PROMPTS)
 
 
-def test_adapters_of_what_is_not_shared_are_refused(start: Start) -> None:
-    model = peft.get_peft_model(
-        model_of(CONFIGS["gpt2"]), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
-    )
-    why = "the adapter at 'transformer.h.0.attn.c_attn' has no place in the engine: vLLM keeps it in 3 pieces"
-    with pytest.raises(MemplanError, match=why):
-        start("gpt2").share(model)
-
-
 def test_adapters_on_meta_are_refused(engine: InProcess) -> None:
     with init_empty_weights():
         model = adapted(AutoModelForCausalLM.from_config(CONFIGS["llama"]))
@@ -280,11 +293,11 @@ def test_adapters_on_meta_are_refused(engine: InProcess) -> None:
         engine.share(model)
 
 
-def test_a_layer_that_the_engine_passes_by_is_found(engine: InProcess) -> None:
+def test_a_layer_that_the_engine_passes_by_is_found(engine: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(model_of(CONFIGS["llama"]))
     engine.share(model)
     mlp: Any = engine._module.get_submodule("model.layers.1.mlp")
-    mlp.forward = lambda x: mlp.down_proj.forward(mlp.act_fn(mlp.gate_up_proj(x)[0]))[0]
+    monkeypatch.setattr(mlp, "forward", lambda x: mlp.down_proj.forward(mlp.act_fn(mlp.gate_up_proj(x)[0]))[0])
     with pytest.raises(MemplanError, match=r"not run the adapter at 'model.layers.1.mlp.down_proj' \(and 0 "):
         engine.generate(PROMPTS)
 
