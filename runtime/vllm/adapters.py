@@ -102,7 +102,7 @@ class Adapters:
             if layer.merged and layer.disable_adapters:
                 raise MemplanError(f"the adapter at {path!r} is merged and disabled: unmerge it first")
         return tuple(
-            (layer.disable_adapters, *layer.merged_adapters, *layer.active_adapters, *layer.scaling.items())
+            (layer.disable_adapters, *map(tuple, (layer.merged_adapters, layer.active_adapters, layer.scaling.items())))
             for layer in self.layers.values()
         )
 
@@ -124,6 +124,7 @@ class Adapters:
         return found
 
     def run_in(self, places: Mapping[str, tuple[nn.Module, int]]) -> None:
+        """Have these layers of the engine run them, until `remove`."""
         for path, (owner, row) in places.items():
             self._hooks.append(owner.register_forward_hook(self._adds(path, row)))
         self.missed = set(places)

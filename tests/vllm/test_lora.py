@@ -160,15 +160,24 @@ def second(model: Any) -> None:
     model.set_adapter("second")
 
 
+def another_merged(model: Any) -> None:
+    model.merge_adapter(adapter_names=["default"])
+
+
 def both(model: Any) -> None:
     model.base_model.set_adapter(["default", "second"])
+
+
+def disabled(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
 
 
 def test_the_engine_does_as_peft_does_now_and_forgets_what_it_computed_before(engine: InProcess) -> None:
     model = adapted(model_of(CONFIGS["llama"]))
     engine.share(model)
     seen = set()
-    for change in (None, stepped, rescaled, merged, unmerged, second, both):
+    changes = (stepped, rescaled, merged, unmerged, second, another_merged, unmerged, both, disabled)
+    for change in (None, *changes):
         if change is not None:
             change(model)
         found = engine.generate([LONG], max_tokens=4, temperature=1.0)
@@ -177,7 +186,7 @@ def test_the_engine_does_as_peft_does_now_and_forgets_what_it_computed_before(en
             ours = token_logprobs(model, ids)[0, len(LONG) - 1 :]
         torch.testing.assert_close(ours, torch.tensor(found[0].logprobs), atol=2e-5, rtol=0)
         seen.add(round(float(token_logprobs(model, torch.tensor([LONG])).detach().sum()), 2))
-    assert len(seen) == 5  # merged or not, it is the same
+    assert len(seen) == 6  # merged or not, it is the same
 
 
 def test_a_base_without_memory_takes_the_engines_and_then_adapters(engine: InProcess) -> None:
