@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memplan import memory
 from memplan.errors import MemplanError
-from memplan.runtime.arena import Arena
+from memplan.runtime.arena import Arena, have
 from memplan.runtime.ledger import PHASES, Ledger, Restored, RLPhase, Tenant
 from memplan.runtime.tenants import Reserved, Resident
 from memplan.runtime.vllm.adapters import base_of, layers_of
@@ -137,6 +137,11 @@ class InProcess:
             self._llm.wake_up(tags=["scheduling"])
             self._away, self._stale = False, True
         return 0
+
+    def prefetch(self, size: int) -> None:
+        """While it is away, bring back pages of its first `size` bytes, as a step of the trainer leaves room."""
+        if self._away and self.close.alive:
+            have(self._arenas, size)
 
     def join(self, ledger: Ledger, running: str | int | None = None) -> None:
         """Lease what the engine has: weights and what it always takes in all phases, the KV cache in rollout. Adapters
