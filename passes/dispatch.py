@@ -196,8 +196,10 @@ class Adaptive:
             return
         plan = None if variant is None else variant.compiled.plan
         if variant is None or plan is None or not self.watch.known:
-            why = "runs beside others" if variant is None else "has no plan" if plan is None else "has no known optimizer"
-            log.info("nothing can come onto the device early beside a graph that %s", why)
+            why = "its optimizer is not known"
+            if plan is None:
+                why = "others run in its step" if variant is None else "it has no plan"
+            log.info("nothing can come onto the device early while a graph runs: %s", why)
             there.begun("", ())
         else:
             there.begun(marks.name_of(plan), variant.left(self.sizes(args), self.held(args)))
