@@ -116,9 +116,8 @@ def compared(seed: int, distance: float, who: str) -> dict[str, Figures]:
         each = study.enumerated_gradient(logits, study.slopes(e, new.detach(), ref, old, advantage, beta=1.0))
         mean = torch.einsum("s,s...", weights, each)
         spread = (weights @ (each - mean).square().flatten(1).sum(1)).sqrt()
-        cost = (
-            -kl_in_reward(nothing, old, ref, torch.ones_like(old), 1.0) if e.in_reward else e.kl(new, ref, old).sum(1)
-        )
+        k1 = -kl_in_reward(nothing, old, ref, torch.ones_like(old), beta=1.0)
+        cost = k1 if e.in_reward else e.kl(new, ref, old).sum(1)
         figures[name] = {way: ((mean - of).norm() / of.norm()).item() for way, of in exact.items()} | {
             "noise": (spread / exact["reverse, tokens"].norm()).item(),
             "value": (weights @ cost / values["reverse, sequences"]).item(),
@@ -127,8 +126,8 @@ def compared(seed: int, distance: float, who: str) -> dict[str, Figures]:
 
 
 def no_detach() -> Figures:
-    """The largest entry of any sequence's gradient of the policy term, with the detach and without, and how far
-    training moves a logit without it."""
+    """The policy term's largest derivative in a log-prob, with the detach and without; how far training moves a logit
+    without it."""
     found = {}
     for words, name in (("with", "1 k3"), ("without", NO_DETACH)):
         e, largest = study.EXPERIMENTS[name], 0.0

@@ -17,7 +17,8 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,17 +44,12 @@ class Experiment:
     in_reward: bool = False
 
 
-def _k3(new: Tensor, ref: Tensor, old: Tensor) -> Tensor:
-    return kl_estimate(new, ref, old, "k3")
-
-
-def _k3_slope(new: Tensor, ref: Tensor, old: Tensor) -> Tensor:
-    return 1 - (ref - new).exp()
-
-
+K3 = Experiment(
+    "reverse KL as GRPO has it, k3", partial(kl_estimate, kind="k3"), lambda new, ref, old: 1 - (ref - new).exp()
+)
 EXPERIMENTS = {
-    "1 k3": Experiment("reverse KL as GRPO has it, k3", _k3, _k3_slope),
-    "2 no detach": Experiment("the same, the ratio's detach removed", _k3, _k3_slope, detached=False),
+    "1 k3": K3,
+    "2 no detach": replace(K3, what="the same, the ratio's detach removed", detached=False),
     "3 p (l - r)": Experiment(
         "the summand of the full reverse KL",
         lambda new, ref, old: new.exp() * (new - ref),
@@ -61,17 +57,17 @@ EXPERIMENTS = {
     ),
     "4 fkl": Experiment(
         "forward KL",
-        lambda new, ref, old: kl_estimate(new, ref, old, "fkl"),
+        partial(kl_estimate, kind="fkl"),
         lambda new, ref, old: -(ref - old).exp(),
     ),
     "k2": Experiment(
         "half the squared log ratio",
-        lambda new, ref, old: kl_estimate(new, ref, old, "k2"),
+        partial(kl_estimate, kind="k2"),
         lambda new, ref, old: new - ref,
     ),
     "k3_is": Experiment(
         "k3 times the ratio",
-        lambda new, ref, old: kl_estimate(new, ref, old, "k3_is"),
+        partial(kl_estimate, kind="k3_is"),
         lambda new, ref, old: (new - old).exp() * (new - ref),
     ),
     "k1 in reward": Experiment(
@@ -89,7 +85,7 @@ def token_logprobs(logits: Tensor) -> Tensor:
 
 
 def chances(logprobs: Tensor) -> Tensor:
-    """[S], each sequence's probability."""
+    """[S], each sequence's probability, as a constant."""
     return logprobs.detach().sum(1).exp()
 
 

@@ -200,11 +200,11 @@ def end_rows(figures: Any) -> Iterator[str]:
 def sentences(figures: Any) -> Iterator[str]:
     left, detach = figures["left"], figures["no_detach"]
     wide = json.loads((ROOT / "benchmarks" / "results" / "kl_estimators.json").read_text())["rows"]["on"]
-    yield f"over 32 tokens {100 * wide['p (l - r), as written']['reverse']:.0f} %"
+    yield f"over 32 tokens, a single one long, {100 * wide['p (l - r), as written']['reverse']:.0f} %"
     yield f"agree to {figures['agreement']:.1e} of the largest entry"
     yield f"leaves the reference by {spread(left['3 p (l - r)'], 2)} nats"
-    yield f"with the detach the largest is {detach['with']:.2f}, without it is {detach['without']:g}"
-    yield f"moves no logit: {detach['moved']:g}"
+    yield f"largest derivative in a log-prob is {detach['with']:.2f} with the detach, and {detach['without']:g} without"
+    yield f"Training moves a logit by {detach['moved']:g}"
     yield (
         f"{figures['steps']} steps, groups of {figures['group']}, rate {figures['rate']:g}, beta {figures['beta']:g}, "
         f"{figures['seeds']} seeds"
@@ -255,8 +255,13 @@ def test_what_the_page_says_in_words():
             assert all(of[i] > behind[NO_DETACH, updates, how][i] for i in seeds)
         if name == "4 fkl" and how == "sampled":
             assert statistics.median(of) > statistics.median(behind["1 k3", updates, how])
-        if how == "expected":
-            assert all(abs(of[i] - behind[name, 1, how][i]) < (0.05 if name == "3 p (l - r)" else 0.003) for i in seeds)
+        if how == "expected" and name != "3 p (l - r)":
+            assert all(abs(of[i] - behind[name, 1, how][i]) < 0.003 for i in seeds)
+    grown = {
+        name: statistics.median(behind[name, 10, "sampled"]) - statistics.median(behind[name, 1, "sampled"])
+        for name in ("1 k3", "4 fkl", "k2", "k3_is")
+    }
+    assert min(grown.values()) > 0 and grown["4 fkl"] > grown["1 k3"]
     for path in re.findall(r"`((?:memplan|tests|examples|benchmarks)/[\w/]+\.py)`?", DOC.read_text()):
         assert (ROOT / path).is_file(), path
     assert (DOC.parent / "kl-study.png").is_file()
