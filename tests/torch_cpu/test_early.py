@@ -34,6 +34,8 @@ SENTINEL = 999_983  # bytes of an allocation that marks a place in a recording
 class Heard:
     """A listener that leaves a trace in a recording: for each mark, how much is said to be left."""
 
+    wants = True
+
     def __init__(self) -> None:
         self.left, self.marks = list[tuple[int, ...]](), list[int]()
 
@@ -89,6 +91,27 @@ def test_what_is_said_to_be_left_is_left_until_the_end(inner: str, megabytes: in
         plan = made[-1]
         after = needed_after(plan.timeline.totals)
         assert [budget.bytes - after[m] for m in plan.marks] == list(left)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_lengths_that_change_leave_what_the_longest_one_leaves(inner: str) -> None:
+    heard = Heard()
+    budget = Budget(40 * MIB, listener=room.listen(heard))
+    net, optimizer, loss = trainer(memplan_backend, budget, dynamic=True, options={"inner": inner})
+    rows = [4096, 4000, 1000, 3000, 4090]
+    for number in rows:
+        x = ROWS[:number].clone()
+        gc.collect()
+        with memplan.record("cpu") if number == rows[-1] else open("/dev/null") as seen:
+            loss(x).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert len(set(heard.left[2:])) == 1 and heard.left[-1][-1] > 3 * MIB  # sizes are symbols from the second on
+    timeline = seen.timeline
+    above = [n - timeline.base_bytes for n in timeline.totals]
+    places = [b.start for b in timeline.blocks if b.bytes == SENTINEL]
+    for place, size in zip(places, heard.left[-1], strict=True):
+        assert held(net, optimizer) + max(above[place + 1 :]) <= budget.bytes - size
 
 
 def test_what_is_needed_after() -> None:
