@@ -6,12 +6,15 @@ the eager inner compiler equal means to the bit; with memplan's head log-probs d
 
 import math
 import string
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from memplan import DoesNotFit, MemplanError
 from memplan.grpo.choices import LossType
 
 pytest.importorskip("trl")
@@ -23,6 +26,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import utils
 
 from memplan.grpo.trl import planned
 
@@ -89,7 +93,7 @@ class Runs:
         given = dict(
             output_dir=str(self.outputs), per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
             max_steps=2, logging_steps=1, learning_rate=1e-3, seed=3, use_cpu=True, bf16=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, temperature=0.9,
+            save_strategy="no", disable_tqdm=True, temperature=0.9, gradient_checkpointing=False,
         )  # fmt: skip
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]) if lora else None
         return GRPOTrainer(
@@ -101,14 +105,14 @@ class Runs:
             peft_config=config,
         )
 
-    def run(self, head=None, budget=AMPLE, **args) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    def run(self, head=None, budget=AMPLE, resume=None, **args) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """What was logged and the weights, of TRL alone or planned."""
         trainer = self.trainer(**args)
         if callable(head):
             trainer._get_per_token_logps_and_entropies = head
         elif head is not None:
             assert planned(trainer, budget=budget, inner="eager", head=head) is trainer
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume and f"{trainer.args.output_dir}/{resume}")
         logged = [{k: v for k, v in entry.items() if k not in TIMES} for entry in trainer.state.log_history]
         return logged, {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
 
@@ -163,3 +167,116 @@ def test_every_loss_is_trls(runs, passes, loss):
     assert any(not torch.equal(theirs[1][k], runs.before[k]) for k in runs.before)  # it learned something
     assert_equal(runs.run(passes["trl"], **SETTINGS[loss]), theirs)
     assert_close(runs.run(passes["memplan"], **SETTINGS[loss]), theirs)
+
+
+ALL_PASSES = dict(  # of policy, old policy and reference, in micro-batches, with all that reads entropies
+    beta=0.1, gradient_accumulation_steps=2, steps_per_generation=4, entropy_coef=0.01, top_entropy_quantile=0.8,
+    gradient_checkpointing=True,
+)  # fmt: skip
+
+
+def test_save_and_resume(runs, tmp_path):
+    """Every pass of full fine-tuning, checkpointing as TRL has it by default, and a checkpoint in the middle."""
+    found = {}
+    for head in (None, "trl"):
+        given = ALL_PASSES | dict(output_dir=str(tmp_path / str(head)), save_strategy="steps", save_steps=1)
+        whole = runs.run(head, fresh=True, **given)
+        found[head] = whole, runs.run(head, resume="checkpoint-1", fresh=True, **given)
+    assert_equal(found["trl"][0], found[None][0])
+    assert_equal(found["trl"][1], found[None][1])
+
+
+LORA = dict(lora=True, beta=0.1, steps_per_generation=2, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_adapters(runs, bf16):
+    """LoRA, whose reference is the model with its adapters off."""
+    theirs = runs.run(bf16=bf16, **LORA)
+    assert any("kl" in entry for entry in theirs[0])
+    assert_equal(runs.run("trl", bf16=bf16, **LORA), theirs)
+    ours = runs.run("memplan", bf16=bf16, **LORA)
+    if not bf16:
+        assert_close(ours, theirs)
+    assert {k for entry in ours[0] for k in entry} == {k for entry in theirs[0] for k in entry}
+
+
+def test_lengths_make_no_plans(runs, made):
+    """Prompts and completions of every length: one graph for all of them."""
+    trainer = planned(runs.trainer(max_steps=12, fresh=True), budget=AMPLE, inner="eager")
+    lengths, method = set(), trainer._get_per_token_logps_and_entropies
+
+    def watched(model, ids, *args, **kwargs):
+        lengths.add(ids.shape[1])
+        return method(model, ids, *args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = watched
+    before = counters["stats"]["unique_graphs"]
+    trainer.train()
+    assert len(lengths) >= 4
+    assert counters["stats"]["unique_graphs"] - before == 1
+    assert len(made) <= 4
+
+
+def test_a_budget_that_is_too_small(runs):
+    """It is refused before the first step, and what the error names is enough."""
+    with pytest.raises(DoesNotFit) as refused:
+        runs.run("memplan", budget=1000, fresh=True)
+    assert refused.value.smallest > 1000
+    theirs = runs.run()
+    budget = refused.value.smallest
+    while True:
+        try:
+            ours = runs.run("memplan", budget=budget, fresh=True)
+            break
+        except DoesNotFit as again:  # what runs outside of the graph, and optimizer states, are there by then
+            assert again.smallest > budget
+            budget = again.smallest
+    assert budget < 2 * refused.value.smallest
+    assert_close(ours, theirs)
+
+
+def test_what_is_refused(runs, monkeypatch):
+    trainer = runs.trainer(fresh=True)
+
+    def says(match, **options):
+        with pytest.raises(MemplanError, match=match):
+            planned(trainer, **options)
+        assert not hasattr(trainer, "memplan_passes")
+
+    says(r"head 'tlr' is not offered: it is 'memplan' or 'trl'", head="tlr")
+    says(r'did you mean "1GB"', budget="1")
+    says(r"did you mean 'tiles'", tile=4)
+    with pytest.raises(MemplanError, match=r"given a Linear: it takes a trl.GRPOTrainer"):
+        planned(torch.nn.Linear(1, 1))
+    with pytest.raises(MemplanError, match=r"given GRPOTrainer, a class"):
+        planned(GRPOTrainer)
+    for name, match in {"use_liger_kernel": "use_liger_kernel=True", "torch_compile": "torch_compile=True"}.items():
+        monkeypatch.setattr(trainer.args, name, True)
+        says(match)
+        monkeypatch.undo()
+    monkeypatch.setattr(trainer.model.config, "vision_config", object(), raising=False)
+    says("LlamaForCausalLM is a vision model")
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "_is_vlm", True)
+    says("LlamaForCausalLM is a vision model")
+    monkeypatch.undo()
+    monkeypatch.delattr(utils, "_use_triton")
+    says("trl.trainer.utils has no _use_triton")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "trl", None)
+    says("TRL cannot be imported")
+    monkeypatch.undo()
+    planned(trainer)
+    with pytest.raises(MemplanError, match="this trainer is planned already"):
+        planned(trainer)
+
+
+def test_other_trainers_keep_their_head(runs):
+    head = utils._ChunkedLogProbFunction
+    runs.run("memplan", fresh=True, max_steps=1)
+    assert utils._ChunkedLogProbFunction is head
+    trainer = planned(runs.trainer(fresh=True), budget=1000, inner="eager")
+    with pytest.raises(DoesNotFit):
+        trainer.train()
+    assert utils._ChunkedLogProbFunction is head
