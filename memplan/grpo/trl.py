@@ -166,11 +166,17 @@ def _other_names(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
 
 
 def _without_checkpointing(trainer: Any) -> None:
-    if not trainer.args.gradient_checkpointing:
+    names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(trainer.args, n)]
+    if not any(getattr(trainer.args, name) for name in names):
         return
-    log.info("gradient_checkpointing is switched off: what is computed again is the plan's to decide")
-    trainer.args.gradient_checkpointing = False
-    trainer.model.gradient_checkpointing_disable()
+    log.info("%s is switched off: what is computed again is the plan's to decide", names[0])
+    for name in names:  # a new name and its alias, in transformers 5.24
+        setattr(trainer.args, name, False)
+    getattr(trainer.model, f"{names[0]}_disable")()
+    for module in trainer.model.modules():  # what lets inputs require gradients for it, which Dynamo cannot trace
+        for key, hook in list(module._forward_hooks.items()):  # transformers forgets all of them but the last
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]
 
 
 def _check(trainer: Any) -> None:
