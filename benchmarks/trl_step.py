@@ -144,10 +144,8 @@ def main() -> int:
 
         def note(name: str, budget: int | None, result: dict[str, Any]) -> None:
             found[name] = {"budget": budget} | result
-            print(
-                f"{name}: {result['peak'] / MIB:.1f} MiB, {result['seconds']} s, gradient norms {result['gradient_norms']}",
-                flush=True,
-            )
+            norms = result["gradient_norms"]
+            print(f"{name}: {result['peak'] / MIB:.1f} MiB, {result['seconds']} s, norms {norms}", flush=True)
 
         note("trl", None, measured(make()))
         note("trl, activation checkpointing", None, measured(make(True)))

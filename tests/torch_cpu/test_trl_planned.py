@@ -77,7 +77,10 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def outcome(trainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
+Outcome = tuple[list[dict], dict[str, torch.Tensor]]
+
+
+def outcome(trainer) -> Outcome:
     """What was logged, and the weights."""
     logged = [{k: v for k, v in entry.items() if k not in TIMES} for entry in trainer.state.log_history]
     return logged, {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
