@@ -85,6 +85,7 @@ def train(steps: int) -> Iterator[Seen]:
                 ours = token_logprobs(model, rolled.batch["input_ids"])
             off = (ours - rolled.batch["old_logprobs"]).abs() * rolled.batch["completion_mask"]
             del ours
+            ledger.prefetch("rollout")  # the KV cache comes back as backward leaves room
             step(rolled.batch).backward()
             training = memory.resident() - before
             optimizer.step()

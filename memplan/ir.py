@@ -431,6 +431,7 @@ class Budget:
 
     `host_bytes`: the most that may be in the host's memory at a time; 0: nothing is offloaded there.
     `others`: what else is there while the step runs, by name, as of a ledger's leases.
+    `listener`: who hears, as the step runs, what it leaves of this (runtime/room.py); 0: nobody.
     """
 
     bytes: int
@@ -439,6 +440,7 @@ class Budget:
     note: str = ""  # how it was read: "clamped to the device's 24.0 GB"
     host_bytes: int = 0
     others: tuple[tuple[str, int], ...] = ()
+    listener: int = dataclasses.field(default=0, compare=False, repr=False)
 
     @property
     def reserve_bytes(self) -> int:
@@ -455,7 +457,7 @@ class Budget:
 
     def leaving(self, available: int) -> Budget:
         """One that leaves so many bytes for the step, and the same beside the device."""
-        return Budget(available, host_bytes=self.host_bytes)
+        return Budget(available, host_bytes=self.host_bytes, listener=self.listener)
 
     def needed_for(self, peak: int) -> int:
         """The smallest budget of this kind that leaves `peak` bytes for the step."""
@@ -610,6 +612,7 @@ class Plan:
     `reasons`: storages decided alike, and what would follow from the other choice, where memplan.plan has looked:
     "recompute: +3.1 ms", "keep: over by 1.200 GB".
     `bound`: what no plan inside this budget can beat, where memplan.plan has looked.
+    `marks`: the moments behind which the running step tells its budget's listener what it leaves.
     """
 
     step: Step
@@ -624,6 +627,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     reasons: tuple[tuple[tuple[int, ...], str], ...] = ()
     bound: Bound | None = None
+    marks: tuple[int, ...] = ()
 
     @property
     def gap(self) -> float | None:

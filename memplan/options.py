@@ -178,7 +178,7 @@ def read_budget(
     """
     total = machine.memory_bytes if device_total is None else device_total
     note = ""
-    others = value.others if isinstance(value, Budget) else ()
+    others, listener = (value.others, value.listener) if isinstance(value, Budget) else ((), 0)
     value = value.bytes if isinstance(value, Budget) else value
     if value is None:
         size, note = total, "the whole device"
@@ -189,8 +189,8 @@ def read_budget(
             size, note = total, f"clamped from {human(size)} to the device's {human(total)}"
     off = _host_bytes(host, machine)
     if machine.device == "cpu":  # counted in the allocator's own bytes, so nothing else is in the way
-        return Budget(size, note=note, host_bytes=off, others=others)
-    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note, off, others)
+        return Budget(size, note=note, host_bytes=off, others=others, listener=listener)
+    return Budget(size, machine.context_bytes, FRAGMENTATION_RESERVE, note, off, others, listener)
 
 
 def _host_bytes(given: str | int | float | None, machine: Machine) -> int:

@@ -23,11 +23,13 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from memplan.errors import DoesNotFit
 from memplan.ir import Budget, Decision, Held, Machine, Plan, Step
+from memplan.passes import marks
 from memplan.passes.calls import Sizes, copied
 from memplan.passes.compat import dimension
 from memplan.passes.failed import Failure, located
 from memplan.passes.partition import Partitioner, Resized, SizesGiven
 from memplan.passes.whole_step import WholeStep
+from memplan.runtime import room
 from memplan.runtime.allocator import interrupt
 from memplan.runtime.failing import Place
 from memplan.runtime.held import Watch
@@ -116,6 +118,7 @@ class Variant:
     fits_up_to: list[Point]
     over_from: list[Point] = field(default_factory=list)
     plans: dict[tuple[int, ...], Plan] = field(default_factory=dict)  # by sizes
+    leaves: dict[Point, tuple[int, ...]] = field(default_factory=dict)  # of the budget, from each mark on
 
     def at(self, sizes: tuple[int, ...]) -> Plan:
         """Its plan at these sizes, with nothing held."""
@@ -127,6 +130,18 @@ class Variant:
         """Its plan at these sizes, with so much held."""
         assert self.compiled.resized is not None
         return self.compiled.resized(self.owner.given(sizes), held)
+
+    def left(self, sizes: tuple[int, ...], held: Held) -> tuple[int, ...]:
+        """What it leaves of the budget from each of its marks on, at these sizes, with so much held; or less: at larger
+        ones, so that lengths that change are not all looked at.
+        """
+        at = (*sizes, *held.extent)
+        found = next((left for most, left in self.leaves.items() if _within(at, most)), None)
+        if found is None:
+            planned = self.owner.planned_for[-1]
+            n = planned if _within(sizes, planned) else sizes
+            found = self.leaves[(*n, *held.extent)] = marks.left(self.with_held(n, held))
+        return found
 
     def holds(self, at: Point) -> bool:
         """Whether it is known to fit."""
@@ -176,7 +191,24 @@ class Adaptive:
     def __call__(self, *args: Any) -> Any:
         if self.step is not None and self.variants[0].compiled.plan is not None:
             return self.step.run(self, args)
-        return self.choose(args).compiled.run(*args)
+        variant = self.choose(args)
+        self.tell(variant, args)
+        return variant.compiled.run(*args)
+
+    def tell(self, variant: Variant | None, args: Sequence[Any]) -> None:
+        """Tell whom the device is shared with what a run of a variant leaves as it goes on; None: nobody knows."""
+        there = room.listener(self.partitioner.budget.listener)
+        if there is None or not there.wants:
+            return
+        plan = None if variant is None else variant.compiled.plan
+        if variant is None or plan is None or not self.watch.known:
+            why = "its optimizer is not known"
+            if plan is None:
+                why = "others run in its step" if variant is None else "it has no plan"
+            log.info("nothing can come onto the device early while a graph runs: %s", why)
+            there.begun("", ())
+        else:
+            there.begun(marks.name_of(plan), variant.left(self.sizes(args), self.held(args)))
 
     def choose(self, args: Sequence[Any]) -> Variant:
         """A variant that fits, as far as this graph alone goes."""

@@ -170,7 +170,7 @@ def _compile(
     def resized(sizes: SizesGiven, held: Held) -> Plan:
         known = dict(plan.step.sizes)
         step = replace(plan.step.at(**{s: n for s, n in sizes if s in known}), held=held)
-        return replace(plan, step=step, timeline=_generated(replace(plan, step=step), recorded, Sizes(sizes)))
+        return _generated(replace(plan, step=step), recorded, Sizes(sizes))
 
     return Compiled(run, resized(partitioner.sizes, partitioner.held), resized), plan.peak
 
@@ -188,8 +188,8 @@ def _watching(failed: Failed) -> Callable[..., Any]:
     return compile_one
 
 
-def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Timeline:
-    """The timeline of the generated forward and backward, one after the other."""
+def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Plan:
+    """The plan with the timeline of the generated forward and backward, one after the other, and its marks there."""
     tape = Tape()
     inputs = sizes.concrete(recorded.inputs)
     if len(inputs) == 1:  # with its backward inside
@@ -197,7 +197,7 @@ def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Timeline:
         end = tape.tick()
         timeline = _timeline(plan, tape, end, end, set(), recorded.partitioner.known)
         del outputs
-        return timeline
+        return replace(plan, timeline=timeline, marks=tuple(tape.marks))
     forward_inputs, backward_inputs = inputs
     results = run_wrapper(recorded.sources[0], tape, [ghost(tape, v, None) for v in forward_inputs])
     split = tape.tick()
@@ -212,7 +212,7 @@ def _generated(plan: Plan, recorded: _Recorded, sizes: Sizes) -> Timeline:
     kept = {g.buffer.id for g in gradients if getattr(g, "buffer", None)}
     timeline = _timeline(plan, tape, split, end, kept, recorded.partitioner.known)
     del outputs, gradients, tangents
-    return timeline
+    return replace(plan, timeline=timeline, marks=tuple(tape.marks))
 
 
 def _timeline(plan: Plan, tape: Tape, split: int, end: int, gradients: set[int], known: workspaces.Known) -> Timeline:

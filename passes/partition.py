@@ -16,7 +16,7 @@ from torch import fx
 from torch._guards import TracingContext
 
 from memplan.ir import Budget, CostModel, Held, Machine, Plan, Step
-from memplan.passes import capture, tile, workspaces
+from memplan.passes import capture, marks, tile, workspaces
 from memplan.passes.calls import Call, copied
 from memplan.passes.one_graph import rewrite
 from memplan.passes.phases import hoist, leading
@@ -72,7 +72,10 @@ class Partitioner:
         capture.prepare(joint)
         given = num_fwd_outputs, tuple(static_lifetime_input_indices or ()), mutated_inputs()
         joint = self.tiled(joint, *given)
-        return split(joint, self._planned(lambda by: by.step(joint, *given)), num_fwd_outputs)
+        plan = self._planned(lambda by: by.step(joint, *given))
+        forward, backward = split(joint, plan, num_fwd_outputs)
+        marks.put(backward, plan)
+        return forward, backward
 
     def tiled(
         self, joint: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int], mutated: Collection[int]
@@ -140,15 +143,19 @@ class Partitioner:
         # What follows from other sizes is read from the original.
         original = alone._in_slices(copied(graph), leading, alone.whole_step)
         graph.graph = copied(original).graph
-        rewrite(graph, alone._planned(lambda by: by.whole_step(original)))
+        plan = alone._planned(lambda by: by.whole_step(original))
+        rewrite(graph, plan)
+        marks.put(graph, plan)
 
     def _planned(self, step_of: Callable[[Partitioner], Step]) -> Plan:
         plan = self._made(step_of(self), fit=self.fit)
+        if self.budget.listener:
+            plan = dataclasses.replace(plan, marks=marks.marks(plan))
 
         def resized(sizes: SizesGiven, held: Held) -> Plan:
             step = step_of(dataclasses.replace(self, sizes=sizes, held=held))
             made = evaluate(step, dict(plan.decisions), self.budget, self.machine, self.inner, plan.policy)
-            return dataclasses.replace(made, notes=plan.notes)
+            return dataclasses.replace(made, notes=plan.notes, marks=plan.marks)
 
         self.on_plan(plan, resized)
         return plan

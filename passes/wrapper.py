@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 
 from memplan.passes.calls import Call
 from memplan.runtime.offloaded import BACK, OFF, TO_DEVICE, TO_HOST
+from memplan.runtime.passed import PASSED
 from memplan.runtime.streamed import BRING, BROUGHT
 
 
@@ -29,7 +30,7 @@ from memplan.runtime.streamed import BRING, BROUGHT
 class Tape:
     """Allocations as (time, bytes, name), the time each was freed, and calls whose workspace is still unknown.
 
-    `away`: those that are off the device, with their tier.
+    `away`: those that are off the device, with their tier. `marks`: when a mark is passed, in their order.
     """
 
     clock: int = 0
@@ -37,6 +38,7 @@ class Tape:
     freed: dict[int, int] = field(default_factory=dict)
     away: dict[int, str] = field(default_factory=dict)
     calls: list[tuple[int, Call]] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     def tick(self) -> int:
@@ -183,6 +185,8 @@ def _run_op(tape: Tape, function: Any, args: Any, kwargs: Any, ghosts: Sequence[
     """Run an op on the fake values; each new storage among its results is a new buffer."""
     if function in COPIES or function in COPIES.values():
         return _copy(tape, function, args)
+    if function is PASSED:
+        return tape.marks.append(tape.tick())
     args, kwargs = pytree.tree_map_only(Ghost, lambda g: g.value, (args, kwargs))
     with tape.mode:
         result = function(*args, **kwargs)

@@ -33,6 +33,11 @@ class Watch:
     foreseen: tuple[Foreseen, ...] = ()
     notes: tuple[str, ...] = ()  # what could not be foreseen
 
+    @property
+    def known(self) -> bool:
+        """Whether it is known what updates the parameters, and what its step takes."""
+        return bool(self.foreseen) and not self.notes
+
     def held(self, parameters: Sequence[torch.Tensor], arguments: Iterable[object] = ()) -> Held:
         """What is held for these parameters. States that are among the arguments of a step are its own."""
         ids = {id(p) for p in parameters}

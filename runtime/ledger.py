@@ -31,7 +31,9 @@ from typing import Literal, Protocol
 from memplan import memory
 from memplan.errors import MemplanError, did_you_mean
 from memplan.ir import Budget
+from memplan.runtime import room
 from memplan.runtime.device_lock import DeviceLock
+from memplan.runtime.early import Early, Incoming
 from memplan.units import human, parse_bytes
 
 RLPhase = Literal["rollout", "score", "train"]
@@ -82,7 +84,7 @@ class Lease:
 @dataclass(frozen=True)
 class Transition:
     """What happened. `before` and `after` are phases, empty for none; `moved`, bytes that were copied, back too;
-    `failed`, what did; empty: nothing.
+    `failed`, what did; empty: nothing; `early`, bytes that had come while the phase before still ran.
     """
 
     before: str
@@ -91,6 +93,7 @@ class Transition:
     seconds: float
     moved: int
     failed: str = ""
+    early: int = 0
 
 
 class Ledger:
@@ -121,11 +124,14 @@ class Ledger:
         self._tenants: dict[str, Tenant] = {}
         self._inside: dict[str, tuple[str, object]] = {}  # by device: the phase that a thread is in, and its visit
         self._moved = 0
+        self._incoming = Incoming()
+        self._listener = room.listen(self._incoming)
         self._lock = DeviceLock(device, folder)
         self._beside = self._measure()
 
     def close(self) -> None:
         """Let another process have the device."""
+        self._incoming.settle()
         self._lock.close()
 
     # ---- leases
@@ -143,6 +149,7 @@ class Ledger:
         wanted = frozenset(_known(phase) for phase in ((phases,) if isinstance(phases, str) else phases))
         if not wanted:
             raise MemplanError(f"no phase needs {tag!r}: name some of {', '.join(PHASES)}")
+        self._incoming.settle()
         there = tenant.resident
         made = Lease(tag, parse_bytes(size), wanted, tenant.restored, "resident" if there else "dropped")
         if there > made.bytes:
@@ -164,6 +171,7 @@ class Ledger:
         """Forget a lease, as of an engine that died. What its tenant still has is then nobody's: see `accept`."""
         if tag not in self.leases:
             raise MemplanError(f"no lease {tag!r}: there are {sorted(self.leases)}{did_you_mean(tag, self.leases)}")
+        self._incoming.settle()
         del self.leases[tag]
         del self._tenants[tag]
 
@@ -171,6 +179,7 @@ class Ledger:
         """Take what is on the device as it is: what belongs to no tenant stays, and what a tenant has that should have
         left is released again by the next transition.
         """
+        self._incoming.settle()
         reported = self._reported()
         for tag, lease in self.leases.items():
             if reported[tag] > lease.counted:
@@ -192,7 +201,8 @@ class Ledger:
             tag = min(unknown)
             hint = did_you_mean(tag, needed)
             raise MemplanError(f"phase {phase!r} needs no {tag!r}: own has tags of its leases, {sorted(needed)}{hint}")
-        return Budget(self.budget, others=tuple((tag, size) for tag, size in needed.items() if tag not in counted))
+        others = tuple((tag, size) for tag, size in needed.items() if tag not in counted)
+        return Budget(self.budget, others=others, listener=self._listener)
 
     def _check_budget(self, made: Lease) -> None:
         both = [*self.leases.values(), made]
@@ -229,14 +239,31 @@ class Ledger:
         finally:
             self._leave(visit)  # again, where that was interrupted
 
+    def prefetch(self, name: RLPhase) -> None:
+        """Inside a phase, before its last step: let what phase `name` needs come early, as that step leaves room.
+
+        A step leaves room as its backward goes on, where its budget is of `budget_for` and its optimizer is known. What
+        runs after it in the block, besides that optimizer, takes memory that nobody has reserved: run it before.
+        """
+        if self.device not in self._inside:
+            raise MemplanError(f"what {name!r} needs can come early inside of another phase only: enter that one first")
+        coming = list[tuple[Early, int]]()
+        for tag in self.needed(name):
+            lease, tenant = self.leases[tag], self._tenants[tag]
+            if lease.state != "resident" and isinstance(tenant, Early):
+                self.leases[tag] = replace(lease, state="between")
+                coming.append((tenant, lease.bytes))
+        self._incoming.want(coming)
+
     def _leave(self, visit: tuple[str, object]) -> None:
         if self._inside.get(self.device) is visit:
             del self._inside[self.device]
 
     def _enter(self, name: RLPhase) -> None:
         start, before, failed = time.perf_counter(), self.at, ""
-        self._moved = 0
+        self._moved = early = 0
         try:
+            early = self._incoming.settle()
             self._confirm()  # nothing has moved: there is nothing to bring back
             self._transition(name)
         except BaseException as error:
@@ -247,7 +274,7 @@ class Ledger:
             raise
         finally:
             seconds = time.perf_counter() - start
-            self.transitions.append(Transition(before, name, self.at, seconds, self._moved, failed))
+            self.transitions.append(Transition(before, name, self.at, seconds, self._moved, failed, early))
 
     def _transition(self, name: RLPhase) -> None:
         before, resident = self.at, {lease.tag for lease in self.leases.values() if lease.state == "resident"}

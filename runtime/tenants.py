@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from memplan.errors import MemplanError
-from memplan.runtime import host_pool
+from memplan.runtime import arena, host_pool
 from memplan.runtime.arena import Arena
 from memplan.runtime.host_pool import ALIGNMENT, rounded
 from memplan.runtime.ledger import Restored
@@ -49,17 +49,17 @@ class Reserved:
 class ArenaTenant:
     """All of an arena. `fill`: computes its contents, where `restored` is "recompute"."""
 
-    def __init__(self, arena: Arena, restored: Restored = "nothing", fill: Callable[[], object] | None = None) -> None:
+    def __init__(self, memory: Arena, restored: Restored = "nothing", fill: Callable[[], object] | None = None) -> None:
         if (fill is None) == (restored == "recompute"):
             raise MemplanError(
                 f"an arena restored by {restored!r} with fill={fill!r}: 'recompute' has a function to fill it, and "
                 "'nothing' and 'copy' have none"
             )
-        self.arena, self.restored = arena, restored
-        self._fill, self._away = fill, False  # away: its contents are elsewhere, whatever is in its pages
-        self._there = arena.pages.flat(0, arena.size)
+        self.arena, self.restored = memory, restored
+        self._fill, self._away = fill, restored == "nothing"  # away: its contents are, whatever is in its pages
+        self._there = memory.pages.flat(0, memory.size)
         if restored == "copy":
-            self._copy = host_pool.arena(arena.pages.below).empty((arena.size,), (1,), torch.uint8)
+            self._copy = host_pool.arena(memory.pages.below).empty((memory.size,), (1,), torch.uint8)
 
     @property
     def resident(self) -> int:
@@ -85,6 +85,11 @@ class ArenaTenant:
             self._fill()
         self._away = False
         return moved
+
+    def prefetch(self, size: int) -> None:
+        """Pages alone: what is in them comes with `restore`."""
+        if self._away:
+            arena.have([self.arena], size)
 
 
 def moved_in(tensors: Iterable[torch.Tensor]) -> ArenaTenant:

@@ -1,6 +1,7 @@
 """A ledger with a real engine: whatever fails, the budget holds, the next phase works, and tokens are the same."""
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ class World:
     def resident(self) -> int:
         """Of cache and states, as the system says."""
         return memory.resident() - self.beside
+
+    def early(self, draw: random.Random) -> None:
+        """In a phase, a step says now and then what it leaves; what another phase needs may come."""
+        self.ledger.prefetch(draw.choice(PHASES))
+        there = sum(lease.bytes for lease in self.ledger.leases.values() if lease.state == "resident")
+        left = sorted(draw.randint(0, self.ledger.budget - there) for _ in range(4))
+        self.ledger._incoming.begun("step", left)
+        for mark in draw.sample(range(4), draw.randint(0, 4)):
+            self.ledger._incoming.passed("step", mark)
+            if draw.random() < 0.5:
+                time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +101,7 @@ def fail_at(world: World, patch: pytest.MonkeyPatch, draw: random.Random) -> str
 
 
 def test_sequences_of_phases_in_which_the_engine_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, failed, rolled = random.Random(0), set[str](), 0
+    draw, failed, rolled, early = random.Random(0), set[str](), 0, 0
     with world.ledger.phase("train"):
         world.held.fill_(0)
     trained = 0
@@ -114,6 +126,11 @@ def test_sequences_of_phases_in_which_the_engine_fails(world: World, monkeypatch
                 assert world.held.eq(trained).all()
                 trained += 1
                 world.held.fill_(trained)
+            if draw.random() < 0.5:
+                world.early(draw)
+                assert world.resident() < CACHE + 12 * MIB
+        early += world.ledger.transitions[-2].early > 0
+    assert early > 30
     assert len({point.split()[0] for point in failed}) == 8 and len(failed) > 25, sorted(failed)
     assert rolled > 60 and trained > 60
 

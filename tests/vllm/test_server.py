@@ -38,6 +38,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def running(address: str) -> int:
+    """Sequences that a server is computing now, as it says."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
 class Process:
     """A vLLM server and its children."""
 
@@ -55,9 +62,10 @@ class Process:
         environment = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         for _ in range(600):
             time.sleep(0.2)
             if self.process.poll() is not None:
@@ -204,13 +212,13 @@ def test_it_may_be_said_again_and_in_any_order(server: Server) -> None:
 
 def test_a_rollout_in_the_middle_of_which_it_leaves(server: Server) -> None:
     long: dict[str, Any] = {"n": 24, "max_tokens": 120, "ignore_eos": True, "seed": 3}
-    whole, found = server.generate(PROMPTS, **long), list[Any]()
     start = time.perf_counter()
-    server.generate(PROMPTS, **long)
+    whole, found = server.generate(PROMPTS, **long), list[Any]()
     taken = time.perf_counter() - start
     thread = threading.Thread(target=lambda: found.extend(server.generate(PROMPTS, **long)))
     thread.start()
-    time.sleep(taken / 3)
+    while not running(server.address):  # six rounds of 16 sequences are to come
+        assert thread.is_alive()
     server.release()
     time.sleep(2 * taken)
     assert thread.is_alive()
