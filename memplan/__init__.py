@@ -32,6 +32,7 @@ _HOME = {
     "unstream": "memplan.runtime.streamed",
     "on_oom": "memplan.oom",
     "compare": "memplan.report",
+    "linear_logprob": "memplan.runtime.kernels.linear_logprob",
     "Keep": "memplan.ir",
     "Recompute": "memplan.ir",
     "Offload": "memplan.ir",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from memplan.passes.sac import from_sac as from_sac
     from memplan.passes.sac import to_sac as to_sac
     from memplan.report import compare as compare
+    from memplan.runtime.kernels.linear_logprob import linear_logprob as linear_logprob
     from memplan.runtime.recorder import record as record
     from memplan.runtime.streamed import stream as stream
     from memplan.runtime.streamed import unstream as unstream

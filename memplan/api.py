@@ -141,7 +141,8 @@ def compile(
 
     given = {"budget": budget, **options}
     Options.read(given, os.environ)  # what is wrong with them is said here, not at the first call
-    compiled = torch.compile(step, backend=memplan_backend, options=given, fullgraph=fullgraph, dynamic=dynamic)
+    own = functools.partial(memplan_backend)  # equal to no other: Dynamo would run graphs of one step in another's
+    compiled = torch.compile(step, backend=own, options=given, fullgraph=fullgraph, dynamic=dynamic)
 
     @functools.wraps(step if hasattr(step, "__name__") else type(step).__call__)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -30,6 +30,7 @@ from memplan.passes.failed import Failure, located
 from memplan.passes.partition import Partitioner, Resized, SizesGiven
 from memplan.passes.whole_step import WholeStep
 from memplan.runtime import room
+from memplan.runtime.allocator import interrupt
 from memplan.runtime.failing import Place
 from memplan.runtime.held import Watch
 from memplan.runtime.host_pool import reserve
@@ -280,6 +281,7 @@ class Adaptive:
     def _compiling(self) -> Iterator[None]:
         mode = detect_fake_mode(self.fakes)
         assert mode is not None
+        interrupt()  # what measures between graphs would take the gradients that are traced for a step's backward
         with tracing(TracingContext(mode)):
             yield
 

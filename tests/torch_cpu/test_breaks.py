@@ -8,11 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import memplan
 from memplan import Keep, Recompute
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
+from memplan.runtime.window import Session
 from tests.accuracy import exact_gradients, gradients, rms_error
 from tests.models import CASES, Sample
 from tests.planned import frozen_heap
@@ -340,3 +342,27 @@ def test_a_model_with_breaks_under_inductor(made) -> None:
         found = gradients(step, sample)
     assert made[-1].step.fused and len(made[-1].step.graphs) >= 4
     assert rms_error(found, exact) <= 1.1 * unplanned
+
+
+def test_planned_while_another_step_is_measured():
+    """What measures outside of another step's graphs does not take traced gradients for a backward."""
+    net, x = Straight(), rows()
+    step = planned(net, None)
+    step(x).backward()
+    net.zero_grad()
+    session = Session()
+    step(x).backward()  # planned as one, outside of Dynamo
+    assert not session.open
+    found = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    net(x).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), found, strict=True))
+
+
+def test_each_compile_has_graphs_of_its_own():
+    """Two of the same net with equal options: a step runs no graph of the other's, whose plan knows nothing of it."""
+    net, x = Straight(), rows()
+    for _ in range(2):
+        before = counters["stats"]["unique_graphs"]
+        memplan.compile(net.forward, budget=10**9, inner="eager")(x)
+        assert counters["stats"]["unique_graphs"] - before == 3

@@ -1,0 +1,209 @@
+"""TRL's GRPOTrainer inside a budget: its log-prob passes run through memplan, all else is TRL's own code.
+
+    trainer = planned(GRPOTrainer(model, reward, args=..., train_dataset=...), budget="24GB")
+    trainer.train()
+
+In: a trainer that is not training yet. Out: the same trainer, whose passes over the model (of the policy with
+gradients, of old and reference policy without) are compiled with memplan. Losses, metrics, rewards, generation,
+adapters, gradient accumulation, autocast, checkpoints and the optimizer are TRL's and untouched: of what a pass makes
+they see tensors of a value a token.
+What must hold: with head="trl" and inner="eager" losses and weights are TRL's to the bit; a length that comes for the
+first time does not make a plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+import memplan
+from memplan.errors import MemplanError
+
+Head = Literal["memplan", "trl"]
+Trainer = TypeVar("Trainer")
+
+VARIANTS = 64  # of one pass: with and without gradients, of policy and reference, adapters, training and evaluation
+
+log = logging.getLogger("torch.memplan")
+
+
+def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **options: Any) -> Trainer:
+    """Let a trl.GRPOTrainer run its passes over the model inside `budget`, and return it.
+
+    budget, options: as in torch.compile(backend="memplan", options={...}); {"limits": {"tokens": 4096}} makes the plan
+        for the longest prompt and completion together at once. Otherwise lengths are planned for as they come, in at
+        most four plans.
+    head: what computes log-probs and entropies from hidden states. "memplan": memplan.linear_logprob, within the plan
+        and in tiles of a few MB, with a difference in the last digits; "trl": TRL's own tiles of 32,768 logits a token,
+        outside of the plan, which makes room for them.
+    The budget is that of the policy's forward and backward; a pass without gradients is compiled and has no plan.
+    Gradient checkpointing is switched off: what is computed again is the plan's to decide.
+    Raises MemplanError for what is not a GRPOTrainer or one that this cannot plan. In train() a budget that is too
+    small is refused with DoesNotFit before the first step, whose `smallest` is a budget that fits.
+    """
+    _check(trainer)
+    if head not in get_args(Head):
+        raise MemplanError(f"head {head!r} is not offered: it is {' or '.join(map(repr, get_args(Head)))}")
+    any_trainer: Any = trainer
+    passes = _Passes(_heads(head), memplan.compile(_pass, budget=budget, **options))
+    _without_checkpointing(any_trainer)
+    method = any_trainer._get_per_token_logps_and_entropies
+
+    def get_per_token_logps_and_entropies(model: Any, *args: Any, **kwargs: Any) -> Any:
+        trained = any_trainer._entropy_bonus_enabled
+        return method(lambda **inputs: passes.run(model, inputs, trained), *args, **kwargs)
+
+    any_trainer._get_per_token_logps_and_entropies = get_per_token_logps_and_entropies
+    any_trainer.memplan_passes = passes
+    return trainer
+
+
+def _pass(model: Any, inputs: dict[str, Any], entropy_is_trained: bool) -> tuple[Tensor, Tensor | None, Any]:
+    """What is compiled: TRL's forward of the model with its head on top."""
+    out = model(**inputs)
+    entropy = out.entropy
+    if entropy is not None and not entropy_is_trained:
+        entropy = entropy.detach()  # a metric: its gradient, which would be zeros, is not computed
+    return out.log_probs, entropy, out.aux_loss
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The compiled pass, and the names of TRL's module that are others while it runs."""
+
+    names: dict[str, Any]
+    compiled: Callable[..., Any]
+
+    def run(self, model: Any, inputs: dict[str, Any], entropy_is_trained: bool) -> SimpleNamespace:
+        """What TRL reads of model(**inputs)."""
+        for value in inputs.values():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                torch._dynamo.maybe_mark_dynamic(value, 1)
+        many = torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True)
+        try:
+            with _other_names(_module(), self.names), many:
+                log_probs, entropy, aux_loss = self.compiled(model, inputs, entropy_is_trained)
+        except BackendCompilerFailed as failed:
+            if isinstance(failed.inner_exception, MemplanError):
+                raise failed.inner_exception from None
+            raise
+        return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=aux_loss)
+
+
+# ---- the head -------------------------------------------------------------------------------------------------------
+
+
+class _LinearLogprob:
+    """Stands where TRL has its autograd.Function."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        """hidden [N, D], weight [V, D], bias [V], labels [N] -> log-probs [N], and entropies [N] if asked for."""
+        if others := set(outputs) - {"log_probs", "entropy"}:
+            raise MemplanError(f'TRL asks its head for {sorted(others)}: pass head="trl", which has them')
+        given: dict[str, Any] = dict(bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+        if "entropy" not in outputs:
+            return memplan.linear_logprob(hidden, weight, labels, **given), None, None, None, None
+        log_probs, entropy = memplan.linear_logprob(hidden, weight, labels, entropy=True, **given)
+        return log_probs, entropy, None, None, None
+
+
+def _heads(head: Head) -> dict[str, Any]:
+    """Names of trl.trainer.utils and what they stand for while a pass runs."""
+    if missing := {"_ChunkedLogProbFunction", "_use_triton"} - set(vars(_module())):
+        raise MemplanError(
+            f"trl.trainer.utils has no {sorted(missing)[0]}, so memplan cannot tell where TRL computes its log-probs: "
+            "use TRL 1.16"
+        )
+    if head == "memplan":  # all rows, so that the number of those that count makes no new shape
+        return {"_ChunkedLogProbFunction": _LinearLogprob, "_use_triton": _no}
+    disable: Any = torch.compiler.disable
+    apply = disable(_module()._ChunkedLogProbFunction.apply, reason="TRL's head is not in the plan")
+    return {"_ChunkedLogProbFunction": SimpleNamespace(apply=apply)}
+
+
+def _no(device: torch.device) -> bool:
+    return False
+
+
+def _module() -> ModuleType:
+    import trl.trainer.utils
+
+    module: ModuleType = trl.trainer.utils
+    return module
+
+
+@contextlib.contextmanager
+def _other_names(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
+    """TRL looks its head up on each call; other trainers of this process find their own again."""
+    before = {name: getattr(module, name) for name in names}
+    vars(module).update(names)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+
+def _without_checkpointing(trainer: Any) -> None:
+    names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(trainer.args, n)]
+    if not any(getattr(trainer.args, name) for name in names):
+        return
+    log.info("%s is switched off: what is computed again is the plan's to decide", names[0])
+    for name in names:  # a new name and its alias, in transformers 5.24
+        setattr(trainer.args, name, False)
+    getattr(trainer.model, f"{names[0]}_disable")()
+    for module in trainer.model.modules():  # what lets inputs require gradients for it, which Dynamo cannot trace
+        for key, hook in list(module._forward_hooks.items()):  # transformers forgets all of them but the last
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]
+
+
+def _check(trainer: Any) -> None:
+    """Refuse what would not be planned, or not be right."""
+    try:
+        from trl import GRPOTrainer
+    except ImportError as error:
+        raise MemplanError(f"TRL cannot be imported ({error}): pip install 'trl>=1.16'") from None
+    if not isinstance(trainer, GRPOTrainer):
+        what = f"{trainer.__name__}, a class" if isinstance(trainer, type) else f"a {type(trainer).__name__}"
+        raise MemplanError(f"planned() was given {what}: it takes a trl.GRPOTrainer, made and not training yet")
+    if hasattr(trainer, "memplan_passes"):
+        raise MemplanError("this trainer is planned already: make another one for another budget or other options")
+    name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+    if trainer._is_vlm or getattr(trainer.model.config, "vision_config", None) is not None:
+        raise MemplanError(
+            f"{name} is a vision model, whose passes memplan.grpo.trl does not plan yet: train its text model, or "
+            "leave planned() out"
+        )
+    if trainer.args.use_liger_kernel:
+        raise MemplanError(
+            "use_liger_kernel=True replaces layers by kernels that memplan cannot look into: leave it out, memplan "
+            "computes log-probs in tiles itself"
+        )
+    if trainer.args.torch_compile:
+        raise MemplanError("torch_compile=True compiles the model on its own: leave it out, memplan compiles the pass")
+    if trainer.accelerator.num_processes > 1:
+        raise MemplanError(
+            f"this trainer has {trainer.accelerator.num_processes} processes: a plan is for one device, so train in one"
+        )
