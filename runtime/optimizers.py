@@ -2,7 +2,9 @@
 
 In: an optimizer. Out: the bytes of its states, and the peak inside `step()` beyond parameters, gradients and states.
 A copy of it, over parameters without data (on meta), takes two steps: the first makes the states. What its ops return
-is counted, as long as it lives; memory inside single ops is not. The optimizer itself is not touched.
+is counted, as long as it lives; memory inside single ops is not. The optimizer itself is not touched. One whose step
+depends on data says as what it may be run without: `extremes`, options of its groups, of which the first gives the
+states and the worst what a step takes (runtime/optim/hybrid_adamw.py).
 What cannot run without data (a closure, a look at values) is known from the states that are there after the first step.
 """
 
@@ -39,7 +41,8 @@ def foresee(optimizer: torch.optim.Optimizer) -> Foreseen:
     """What `optimizer` will need. Raises MemplanError for one that cannot step without data."""
     kind = type(optimizer).__name__
     try:
-        found = [_two_steps(optimizer, more) for more in getattr(optimizer, "extremes", ({},))]
+        ways: Iterable[Mapping[str, Any]] = getattr(optimizer, "extremes", ({},))
+        found = [_two_steps(optimizer, more) for more in ways]
     except Exception as e:
         raise MemplanError(
             f"{kind} does not step on parameters without data ({type(e).__name__}: {e}), so what it will hold is not "

@@ -27,8 +27,8 @@ def flat(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     if not _fills(like):
         raise MemplanError(
-            f"a parameter of shape {list(like.shape)} and strides {list(like.stride())} does not fill its memory, which "
-            "HybridAdamW cuts into blocks: make it contiguous"
+            f"a parameter of shape {list(like.shape)} and strides {list(like.stride())} does not fill its memory, "
+            "which HybridAdamW cuts into blocks: make it contiguous"
         )
     if t.stride() != like.stride():
         t = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
@@ -116,11 +116,11 @@ def restored(state: Mapping[str, Any], p: torch.Tensor) -> State:
 def _parts(
     low: torch.Tensor, kind: str, count: int, held: torch.Tensor, at_once: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The blocks of one kind, up to `at_once` values at a time: their numbers [n], and where they are held [n, BLOCK]."""
+    """Blocks of one kind, up to `at_once` values at a time: their numbers [n], and where they are held [n, BLOCK]."""
     if not count:
         return
-    rows = rows_of(low, kind == "low", count).split(at_once // BLOCK)
-    yield from zip(rows, held[: count * BLOCK].view(count, BLOCK).split(at_once // BLOCK), strict=True)
+    rows = torch.split(rows_of(low, kind == "low", count), at_once // BLOCK)
+    yield from zip(rows, torch.split(held[: count * BLOCK].view(count, BLOCK), at_once // BLOCK), strict=True)
 
 
 def _read(held: Mapping[str, torch.Tensor], low: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ What a step takes beside the states is bounded by `at_once`, and by one moment o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class HybridAdamW(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` does."""
         loss = None
         if closure is not None:
@@ -81,9 +82,7 @@ class HybridAdamW(torch.optim.Optimizer):
             given = [p for p in group["params"] if p.grad is not None]
             for p in given:
                 if p.grad.is_sparse:
-                    raise MemplanError(
-                        "a gradient is sparse, which HybridAdamW cannot take: use torch.optim.SparseAdam"
-                    )
+                    raise MemplanError("a gradient is sparse, and HybridAdamW takes none: use torch.optim.SparseAdam")
             if given:
                 generator = generator_of(given[0].device, group["seed"], number, group["calls"])
                 self._choose(group, given, generator)
@@ -142,7 +141,8 @@ def _squares(p: torch.Tensor, state: State | None, group: dict[str, Any]) -> tor
         assert p.grad is not None
         blocks = p.numel() // BLOCK
         rows = flat(p.grad, p)[: blocks * BLOCK].view(blocks, BLOCK)
-        return torch.linalg.vector_norm(rows, dim=1).square_().div_(BLOCK)
+        norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms.square_().div_(BLOCK)
     seen = 1 - group["betas"][1] ** float(state["step"]) if not state["step"].is_meta else 1.0
     return mean_squares(state, group["at_once"]).div_(seen)
 
@@ -162,7 +162,7 @@ def _lowest(squares: list[torch.Tensor], group: dict[str, Any]) -> list[tuple[to
         together = torch.cat(squares).nan_to_num_(nan=math.inf)
         low = torch.zeros_like(together, dtype=torch.bool)
         low[together.argsort(stable=True)[: math.ceil(group["share"] * len(together))]] = True
-        lows = [part.clone() for part in low.split(sizes)]
+        lows = [part.clone() for part in torch.split(low, sizes)]
     return [(low, int(low.sum())) for low in lows]
 
 
@@ -175,7 +175,7 @@ def _counts_without_data(sizes: list[int], group: dict[str, Any]) -> list[int]:
         return [max(n - 1, min(n, 1)) for n in sizes]
     share = 0.0 if how == "none" or group["share"] is None else group["share"]
     ends = [math.ceil(share * sum(sizes[:i])) for i in range(len(sizes) + 1)]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------
@@ -195,15 +195,14 @@ class _Piece:
     def cut(self, values: int) -> Iterator[_Piece]:
         """Pieces of so many values, and the rest."""
         if self.rows is None:
-            tensors = (self.value, self.grad, self.exp_avg, self.exp_avg_sq)
-            for parts in zip(*(t.split([values, len(t) - values]) for t in tensors), strict=True):
-                yield _Piece(*parts, self.step)
+            for a, b in ((0, values), (values, len(self.value))):
+                m, v = self.exp_avg[a:b], self.exp_avg_sq[a:b]
+                yield _Piece(self.value[a:b], self.grad[a:b], m, v, self.step)
             return
         n = values // BLOCK
         for a, b in ((0, n), (n, len(self.rows))):
-            yield _Piece(
-                self.value, self.grad, self.exp_avg[a:b], self.exp_avg_sq[a:b], self.step, self.rows[a:b]
-            )  # fmt: skip
+            m, v = self.exp_avg[a:b], self.exp_avg_sq[a:b]
+            yield _Piece(self.value, self.grad, m, v, self.step, self.rows[a:b])
 
 
 def _pieces(p: torch.Tensor, state: State) -> Iterator[_Piece]:
@@ -250,7 +249,7 @@ def _update(batch: list[_Piece], group: dict[str, Any], generator: torch.Generat
     stored = [x.exp_avg for x in low] + [x.exp_avg_sq for x in low]
     sizes = [t.numel() for t in stored]
     buffer = torch.empty(sum(sizes), device=batch[0].value.device)
-    copies = [part.view_as(t) for part, t in zip(buffer.split(sizes), stored, strict=True)] if low else []
+    copies = [part.view_as(t) for part, t in zip(torch.split(buffer, sizes), stored, strict=True)] if low else []
     if low:
         torch._foreach_copy_(copies, stored)
     rest = [x for x in batch if x.exp_avg.dtype != torch.bfloat16]
