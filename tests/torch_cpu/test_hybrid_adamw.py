@@ -111,6 +111,15 @@ def test_a_block_is_low_where_its_gradients_are_small() -> None:
     assert state["low"].all() and state["exp_avg_high"].numel() == 5
 
 
+def test_a_young_second_moment_is_not_taken_for_small_gradients() -> None:
+    p = nn.Parameter(torch.zeros(256))
+    optimizer = HybridAdamW([p], every=1)
+    for _ in range(5):
+        p.grad = torch.full_like(p, 1.1e-3)
+        optimizer.step()
+        assert not optimizer.state[p]["low"].any()
+
+
 def test_storages_shrink_and_grow_by_the_allocators_count() -> None:
     p = nn.Parameter(torch.zeros(2**16))
     optimizer = HybridAdamW([p], every=1, betas=(0.9, 0.0))  # looks at the step before alone
@@ -229,6 +238,16 @@ def test_the_seed_decides_and_torchs_own_numbers_are_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_groups_have_random_numbers_of_their_own() -> None:
+    one, other = (nn.Parameter(torch.ones(2**12)) for _ in range(2))
+    optimizer = HybridAdamW([{"params": [one]}, {"params": [other]}], share=1.0)
+    for _ in range(3):
+        one.grad = torch.linspace(0.1, 1, 2**12)
+        other.grad = one.grad.clone()
+        optimizer.step()
+    assert not torch.equal(optimizer.state[one]["exp_avg_low"], optimizer.state[other]["exp_avg_low"])
+
+
 # ---- the budget ------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +271,21 @@ def test_what_it_will_hold_is_foreseen(rule: dict[str, float], at_once: int) -> 
         assert state_bytes(optimizer) <= found.states
     assert foresee(optimizer) == found
     assert most <= found.states + found.transient + SLACK
+
+
+def test_what_shrinks_does_so_before_others_grow() -> None:
+    ps = [nn.Parameter(torch.zeros(2**15)) for _ in range(4)]
+    optimizer = HybridAdamW(ps, share=0.5, every=1, betas=(0.9, 0.0), at_once=1024)
+    found = foresee(optimizer)
+    for number in range(4):
+        for i, p in enumerate(ps):
+            p.grad = torch.full_like(p, 1.0 if (i < 2) == (number % 2) else 1e-3)
+        measured = Measured(optimizer)
+        with memplan.record("cpu") as seen:
+            optimizer.step()
+        if number:
+            assert measured.peak(seen) <= found.states + found.transient + SLACK
+        assert [int(optimizer.state[p]["low"].sum()) for p in ps] in ([128, 128, 0, 0], [0, 0, 128, 128])
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
