@@ -204,7 +204,10 @@ def early(size: int, steps: int = 14) -> dict[str, Any]:
     found: dict[str, Any] = {"cache": size, "bytes": statistics.median(came[4::2])}
     for k, name in enumerate(("plain", "early")):  # what is asked for in a step is there in the next one
         rollout, train = taken["rollout"][3 + k :: 2], taken["train"][2 + k :: 2]
-        found[name] = {"wake": statistics.median(t[0] for t in rollout), "train": statistics.median(t[1] for t in train)}
+        found[name] = {
+            "wake": statistics.median(t[0] for t in rollout),
+            "train": statistics.median(t[1] for t in train),
+        }
     return found
 
 

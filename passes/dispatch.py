@@ -131,11 +131,16 @@ class Variant:
         return self.compiled.resized(self.owner.given(sizes), held)
 
     def left(self, sizes: tuple[int, ...], held: Held) -> tuple[int, ...]:
-        """What it leaves of the budget from each of its marks on, at these sizes, with so much held."""
+        """What it leaves of the budget from each of its marks on, at these sizes, with so much held; or less: at larger
+        ones, so that lengths that change are not all looked at.
+        """
         at = (*sizes, *held.extent)
-        if at not in self.leaves:
-            self.leaves[at] = marks.left(self.with_held(sizes, held))
-        return self.leaves[at]
+        found = next((left for most, left in self.leaves.items() if _within(at, most)), None)
+        if found is None:
+            planned = self.owner.planned_for[-1]
+            n = planned if _within(sizes, planned) else sizes
+            found = self.leaves[(*n, *held.extent)] = marks.left(self.with_held(n, held))
+        return found
 
     def holds(self, at: Point) -> bool:
         """Whether it is known to fit."""
@@ -192,12 +197,14 @@ class Adaptive:
     def tell(self, variant: Variant | None, args: Sequence[Any]) -> None:
         """Tell whom the device is shared with what a run of a variant leaves as it goes on; None: nobody knows."""
         there = room.listener(self.partitioner.budget.listener)
-        if there is None:
+        if there is None or not there.wants:
             return
         plan = None if variant is None else variant.compiled.plan
         if variant is None or plan is None or not self.watch.known:
-            why = "runs beside others" if variant is None else "has no plan" if plan is None else "has no known optimizer"
-            log.info("nothing can come onto the device early beside a graph that %s", why)
+            why = "its optimizer is not known"
+            if plan is None:
+                why = "others run in its step" if variant is None else "it has no plan"
+            log.info("nothing can come onto the device early while a graph runs: %s", why)
             there.begun("", ())
         else:
             there.begun(marks.name_of(plan), variant.left(self.sizes(args), self.held(args)))

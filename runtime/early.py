@@ -35,20 +35,20 @@ class Incoming:
     """
 
     def __init__(self) -> None:
-        self._wanted, self._limit = False, 0
+        self.wants, self._limit = False, 0
         self._step, self._left = "", tuple[int, ...]()
         self.thread = _Thread()
         weakref.finalize(self, self.thread.asked.put, None)
 
     def want(self, tenants: Sequence[tuple[Early, int]]) -> None:
         """From now on these shall come, so many bytes of each at most, in this order. What is there of them leaves."""
-        self._wanted = True
+        self.wants, self._step = True, ""  # a step that runs by now has not told
         self._ask(0, tenants)
 
     def settle(self) -> int:
         """Leave what is there as it is, and want nothing more. Returns the bytes that have come."""
-        came = self._ask(0, ()) if self._wanted else 0
-        self._wanted = False
+        came = self._ask(0, ()) if self.wants else 0
+        self.wants, self._step = False, ""
         return came
 
     def begun(self, step: str, left: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class Incoming:
     def _allow(self, size: int) -> None:
         if size < self._limit:
             self._ask(size)
-        elif size > self._limit and self._wanted:  # nobody waits for what comes
+        elif size > self._limit and self.wants:  # nobody waits for what comes
             self._limit = size
             self.thread.ask(_Asked(size))
 

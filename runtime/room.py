@@ -18,7 +18,9 @@ from typing import Protocol
 
 
 class Listener(Protocol):
-    """Shares a device with steps."""
+    """Shares a device with steps. `wants`: it would make something of what they leave."""
+
+    wants: bool
 
     def begun(self, step: str, left: Sequence[int]) -> None:
         """A step needs all of its budget, and so many bytes less from each of its marks on."""

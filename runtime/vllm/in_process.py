@@ -30,6 +30,7 @@ from memplan.errors import MemplanError
 from memplan.runtime.arena import Arena, have
 from memplan.runtime.ledger import PHASES, Ledger, Restored, RLPhase, Tenant
 from memplan.runtime.tenants import Reserved, Resident
+from memplan.runtime.vllm.adapters import base_of, layers_of
 from memplan.runtime.vllm.beside import Beside
 from memplan.runtime.vllm.protocol import Completion, checked_prompts, installed
 from memplan.runtime.vllm.weights import Shared, share
@@ -143,7 +144,8 @@ class InProcess:
             have(self._arenas, size)
 
     def join(self, ledger: Ledger, running: str | int | None = None) -> None:
-        """Lease what the engine has: weights and what it always takes in all phases, the KV cache in rollout.
+        """Lease what the engine has: weights and what it always takes in all phases, the KV cache in rollout. Adapters
+        are among the weights, if they are shared by now.
 
         running: bytes that it takes besides while it generates, as for a prompt's activations; in rollout too.
         """
@@ -170,8 +172,9 @@ class InProcess:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of vLLM's parameters; of the trainer's too, once they are shared."""
-        return sum(p.nbytes for p in {id(p): p for p in self._module.parameters()}.values())
+        """Bytes of vLLM's parameters; of the trainer's too, its adapters with them, once they are shared."""
+        adapters = self.shared.adapters.bytes if self.shared is not None else 0
+        return sum(p.nbytes for p in {id(p): p for p in self._module.parameters()}.values()) + adapters
 
     def params(self) -> dict[str, torch.Tensor]:
         """The live parameters, by vLLM's names."""
@@ -181,12 +184,21 @@ class InProcess:
         """Make the parameters of a transformers model views of vLLM's, with the values that the model has.
 
         Parameters on meta get vLLM's values and are new objects: make an optimizer afterwards. What cannot be shared is
-        copied before the engine runs, and `report()` of what is returned names it.
+        copied before the engine runs, and `report()` of what is returned names it. PEFT's LoRA adapters stay where they
+        are, and the engine runs them. Call it again for the same model with other layers, as after get_peft_model.
         """
         self._alive()
-        if self.shared is not None and self.shared.model is not model:
+        base, config = base_of(model), self._llm.llm_engine.vllm_config.model_config
+        if self.shared is not None and self.shared.model is not base:
             raise MemplanError("the engine shares another model's weights already: start another engine for this one")
-        self.shared = share(model, self._module, self._llm.llm_engine.vllm_config.model_config.hf_config)
+        if layers_of(base) and not config.enforce_eager:
+            raise MemplanError(
+                "the engine's model is compiled, and adapters reach layers that run one by one: start it with "
+                "enforce_eager=True"
+            )
+        before, self.shared = self.shared, share(base, self._module, config.hf_config)
+        if before is not None:
+            before.adapters.remove()
         self.invalidate()
         return self.shared
 
@@ -257,6 +269,8 @@ class InProcess:
                         if output.finished:
                             done += _completions(self._unfinished.pop(output.request_id), output)
                     steps = None if steps is None else steps - 1
+                if done and self.shared is not None:
+                    self.shared.adapters.check_run()
             except BaseException:
                 self._abort(list(self._unfinished))
                 raise

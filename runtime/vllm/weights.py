@@ -2,7 +2,8 @@
 
 In: the trainer's model, and vLLM's of the same configuration. Out: the same parameters, in vLLM's memory, where an
 optimizer writes what the engine reads. vLLM keeps some side by side in one (q, k, v; gate and up) and pads the
-vocabulary; all of these are rows, so that each is a contiguous view.
+vocabulary; all of these are rows, so that each is a contiguous view. Of a model with adapters that is its base, and the
+engine runs the adapters (adapters.py).
 What must hold: where a parameter is, is what vLLM's own loader does with it: the one copy that it makes is looked at
 and not made. A parameter of which it makes something else (several copies, a transposed one) is not shared but copied
 by that loader, each time before the engine runs.
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.errors import MemplanError
+from memplan.runtime.vllm.adapters import Adapters
 
 _SAME = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -33,12 +35,15 @@ class Shared:
 
     model: nn.Module
     engine: nn.Module
+    adapters: Adapters
     addresses: dict[str, int] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
     seen: tuple[Any, ...] = ()  # of what the engine has
 
     def changed(self) -> bool:
-        """Has anything that autograd sees been written since `seen`? Raises MemplanError where one has moved away."""
+        """Has anything that autograd sees been written since `seen`, or other adapters been chosen? Raises MemplanError
+        where one has moved away.
+        """
         named = dict(self.model.named_parameters())
         for name, address in self.addresses.items():
             if name not in named or named[name].data_ptr() != address:
@@ -50,21 +55,28 @@ class Shared:
 
     def copy(self) -> None:
         """Bring the engine what is not shared."""
+        plain = self.adapters.base_names()
         for name in self.copied:
-            _load(self.engine, name, self.model.get_parameter(name).detach())
+            _load(self.engine, plain.get(name, name), self.model.get_parameter(name).detach())
 
     def report(self) -> str:
-        """What is shared, and what is copied, a line each."""
+        """What is shared, which adapters are run, and what is copied, a line each."""
         lines = [f"{name} is copied before each rollout: {why}" for name, why in self.copied.items()]
+        if (found := self.adapters).layers:
+            size = found.bytes
+            lines.insert(
+                0, f"{len(found.layers)} adapters are run by the engine where the trainer has them, {size} bytes"
+            )
         return "\n".join([f"{len(self.addresses)} parameters are the engine's own memory", *lines])
 
     def versions(self) -> tuple[Any, ...]:
-        """What there is: parameters, where they are, and how often autograd saw them written."""
-        return tuple((id(p), p.data_ptr(), p._version) for p in self.model.parameters())
+        """What there is: parameters, where they are, how often autograd saw them written, and what adapters do."""
+        return self.adapters.state(), *((id(p), p.data_ptr(), p._version) for p in self.model.parameters())
 
 
 def share(model: nn.Module, engine: nn.Module, config: Any) -> Shared:
-    """Move a model's parameters into the engine's. config: that the engine was made from.
+    """Move a model's parameters into the engine's, and have it run the model's adapters. config: that the engine was
+    made from. model: without PEFT's wrapper.
 
     Parameters stay the same objects, with their values; those on meta take the engine's values, and are new objects.
     Raises MemplanError, and moves nothing, where the model is not the engine's.
@@ -72,19 +84,23 @@ def share(model: nn.Module, engine: nn.Module, config: Any) -> Shared:
     _check_same(model, config)
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         model.tie_weights()  # type: ignore[operator]  # which a model that is made on meta has not done
-    named = dict(model.named_parameters())
-    shared, places, covered = Shared(model, engine), dict[str, torch.Tensor](), Counter[int]()
-    for name, p in named.items():
-        found = _place(engine, name, p, covered)
-        if isinstance(found, torch.Tensor):
-            places[name] = found
-        elif p.is_meta:
-            raise MemplanError(f"parameter {name!r} is on meta and cannot be the engine's ({found}): give it values")
-        else:
-            shared.copied[name] = found
-    _check_covered(engine, covered)
+    adapters, covered = Adapters.of(model), Counter[int]()
+    shared, plain, aside = Shared(model, engine, adapters), adapters.base_names(), adapters.parameters()
+    named = {name: p for name, p in model.named_parameters() if name not in aside}
+    places = {name: _place(engine, plain.get(name, name), p, covered) for name, p in named.items()}
     for name, place in places.items():
-        shared.addresses[name] = _moved(model, named[name], place).data_ptr()
+        if isinstance(place, str):
+            if named[name].is_meta:
+                raise MemplanError(
+                    f"parameter {name!r} is on meta and cannot be the engine's ({place}): give it values"
+                )
+            shared.copied[name] = place
+    _check_covered(engine, covered)
+    layers = adapters.places(engine, {id(p): places[name] for name, p in named.items()})
+    for name, place in places.items():
+        if isinstance(place, torch.Tensor):
+            shared.addresses[name] = _moved(model, named[name], place).data_ptr()
+    adapters.run_in(layers)
     return shared
 
 

@@ -34,6 +34,8 @@ SENTINEL = 999_983  # bytes of an allocation that marks a place in a recording
 class Heard:
     """A listener that leaves a trace in a recording: for each mark, how much is said to be left."""
 
+    wants = True
+
     def __init__(self) -> None:
         self.left, self.marks = list[tuple[int, ...]](), list[int]()
 
@@ -91,6 +93,33 @@ def test_what_is_said_to_be_left_is_left_until_the_end(inner: str, megabytes: in
         assert [budget.bytes - after[m] for m in plan.marks] == list(left)
 
 
+@pytest.mark.parametrize(
+    ("inner", "rows"),
+    [
+        ("eager", [4096, 4000, 1000, 3000, 4090]),
+        ("inductor", [4096, 4000, 1000, 3000, 4090]),
+        ("eager", [1000, 900, 4096, 800, 4090]),
+    ],
+)
+def test_lengths_that_change_leave_what_the_longest_one_leaves(inner: str, rows: list[int]) -> None:
+    heard = Heard()
+    budget = Budget(40 * MIB, listener=room.listen(heard))
+    net, optimizer, loss = trainer(memplan_backend, budget, dynamic=True, options={"inner": inner})
+    for number in rows:
+        x = ROWS[:number].clone()
+        gc.collect()
+        with memplan.record("cpu") if number == rows[-1] else open("/dev/null") as seen:
+            loss(x).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert len(set(heard.left)) < 4 and heard.left[-1][-1] > 3 * MIB
+    timeline = seen.timeline
+    above = [n - timeline.base_bytes for n in timeline.totals]
+    places = [b.start for b in timeline.blocks if b.bytes == SENTINEL]
+    for place, size in zip(places, heard.left[-1], strict=True):
+        assert held(net, optimizer) + max(above[place + 1 :]) <= budget.bytes - size
+
+
 def test_what_is_needed_after() -> None:
     assert needed_after((5, 3, 4, 1, 2)) == [4, 4, 2, 2, 2]
     assert needed_after(()) == []
@@ -100,11 +129,12 @@ class Watched(ArenaTenant):
     """Looks, whenever it is given pages early, whether they were left."""
 
     limit: Callable[[], int]
+    most = 0
 
     def prefetch(self, size: int) -> None:
         super().prefetch(size)
         assert self.arena.resident <= self.limit()
-        self.most = max(getattr(self, "most", 0), self.arena.resident)
+        self.most = max(self.most, self.arena.resident)
 
 
 def ledger_of(folder: Path, cache: ArenaTenant) -> Ledger:
@@ -197,9 +227,9 @@ def test_what_was_left_is_taken_back(tmp_path: Path) -> None:
     ledger.close()
 
 
-@pytest.mark.parametrize("how", ["two graphs", "no optimizer", "never asked"])
+@pytest.mark.parametrize("how", ["two graphs", "no optimizer", "never asked", "another's backward"])
 def test_what_is_not_known_leaves_nothing(how: str, tmp_path: Path) -> None:
-    cache = ArenaTenant(Arena.reserve(32 * MIB))
+    cache = Watched(Arena.reserve(32 * MIB))
     ledger = ledger_of(tmp_path, cache)
     budget = ledger.budget_for("train", own=())
     net, optimizer, loss = trainer(memplan_backend, budget, options={"inner": "eager"})
@@ -216,13 +246,19 @@ def test_what_is_not_known_leaves_nothing(how: str, tmp_path: Path) -> None:
     if how == "no optimizer":
         del optimizer
         gc.collect()
+    options = {"budget": budget, "inner": "eager"}
+    other = torch.compile(lambda x: net[:9](x).square().sum(), backend=memplan_backend, options=options)
+    cache.limit = lambda: 10**12
     for _ in range(3):
         with ledger.phase("train"):
             if how != "never asked":
                 ledger.prefetch("rollout")
-            loss(ROWS).backward()
+            value = loss(ROWS)
+            if how == "another's backward":
+                other(ROWS[:64])  # which has told last
+            value.backward()
             time.sleep(0.02)
-            assert cache.resident == 0
+            assert cache.resident == 0 and not cache.most
     with ledger.phase("rollout"):
         assert cache.resident == 32 * MIB and ledger.transitions[-1].early == 0
     ledger.close()
