@@ -13,20 +13,17 @@ What a step takes beside the states is bounded by `at_once`, and by one moment o
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from memplan.errors import MemplanError
-from memplan.runtime.optim.blocks import BLOCK, flat, layout, mean_squares, new_state, repack, restored, rows_of
-from memplan.runtime.optim.rounding import generator_of, round_
-
-THRESHOLD = 1e-3
-State = dict[str, torch.Tensor]
+from memplan.runtime.optim.asked import check
+from memplan.runtime.optim.blocks import layout, new_state, repack, restored
+from memplan.runtime.optim.choice import lowest, squares_of
+from memplan.runtime.optim.rounding import generator_of
+from memplan.runtime.optim.update import update
 
 
 class HybridAdamW(torch.optim.Optimizer):
@@ -66,7 +63,7 @@ class HybridAdamW(torch.optim.Optimizer):
         """As torch's; raises MemplanError."""
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
+            check(self.param_groups[-1])
         except MemplanError:
             self.param_groups.pop()
             raise
@@ -87,10 +84,9 @@ class HybridAdamW(torch.optim.Optimizer):
                 generator = generator_of(given[0].device, group["seed"], number, group["calls"])
                 self._choose(group, given, generator)
                 group["calls"] += 1
-                _add_one([self.state[p]["step"] for p in given])
-                pieces = (piece for p in given for piece in _pieces(p, self.state[p]))
-                for batch in _batches(pieces, group["at_once"]):
-                    _update(batch, group, generator)
+                held = [self.state[p] for p in given]
+                torch._foreach_add_([state["step"] for state in held], 1.0)
+                update(given, held, group, generator)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -115,8 +111,8 @@ class HybridAdamW(torch.optim.Optimizer):
         due = group["calls"] % group["every"] == 0
         chosen = [p for p in group["params"] if p in self.state] if due else []
         chosen += [p for p in given if p not in self.state]
-        squares = [_squares(p, self.state.get(p), group) for p in chosen]
-        lows = _lowest(squares, group)
+        squares = [squares_of(p, self.state.get(p), group) for p in chosen]
+        lows = lowest(squares, group)
         # Those that shrink come first, so that the sum is never above what it was and what it will be.
         order = sorted(range(len(chosen)), key=lambda i: self._grows(chosen[i], lows[i]))
         for i in order:
@@ -130,213 +126,3 @@ class HybridAdamW(torch.optim.Optimizer):
         """By how many blocks the part of a parameter's that is in float32 grows."""
         blocks = low[0].numel()
         return layout(self.state[p])[0] - low[1] if p in self.state else blocks - low[1]
-
-
-# ---- which blocks are low --------------------------------------------------------------------------------------------
-
-
-def _squares(p: torch.Tensor, state: State | None, group: dict[str, Any]) -> torch.Tensor:
-    """Mean squares of a parameter's gradients [blocks]."""
-    if state is None:
-        assert p.grad is not None
-        blocks = p.numel() // BLOCK
-        rows = flat(p.grad, p)[: blocks * BLOCK].view(blocks, BLOCK)
-        norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
-        return norms.square_().div_(BLOCK)
-    seen = 1 - group["betas"][1] ** float(state["step"]) if not state["step"].is_meta else 1.0
-    return mean_squares(state, group["at_once"]).div_(seen)
-
-
-def _lowest(squares: list[torch.Tensor], group: dict[str, Any]) -> list[tuple[torch.Tensor, int]]:
-    """For each parameter which blocks are low, [blocks] as bool, and how many."""
-    sizes = [s.numel() for s in squares]
-    if not squares:
-        return []
-    if squares[0].is_meta:
-        counts = _counts_without_data(sizes, group)
-        return [(torch.empty_like(s, dtype=torch.bool), n) for s, n in zip(squares, counts, strict=True)]
-    if group["share"] is None:
-        limit = THRESHOLD if group["threshold"] is None else group["threshold"]
-        lows = [s < limit**2 for s in squares]
-    else:
-        together = torch.cat(squares).nan_to_num_(nan=math.inf)
-        low = torch.zeros_like(together, dtype=torch.bool)
-        low[together.argsort(stable=True)[: math.ceil(group["share"] * len(together))]] = True
-        lows = [part.clone() for part in torch.split(low, sizes)]
-    return [(low, int(low.sum())) for low in lows]
-
-
-def _counts_without_data(sizes: list[int], group: dict[str, Any]) -> list[int]:
-    """How many blocks are low where gradients are not known: `share` of them; of a threshold, none, which is the most
-    bytes. "most": what takes a step the most beside its states, all but one.
-    """
-    how = group.get("without_data")
-    if how == "most":
-        return [max(n - 1, min(n, 1)) for n in sizes]
-    share = 0.0 if how == "none" or group["share"] is None else group["share"]
-    ends = [math.ceil(share * sum(sizes[:i])) for i in range(len(sizes) + 1)]
-    return [b - a for a, b in itertools.pairwise(ends)]
-
-
-# ---- the update ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a parameter that is updated in one go: all flat, or all [rows, BLOCK] of which `rows` are meant."""
-
-    value: torch.Tensor
-    grad: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    step: torch.Tensor
-    rows: torch.Tensor | None = None
-
-    def cut(self, values: int) -> Iterator[_Piece]:
-        """Pieces of so many values, and the rest."""
-        if self.rows is None:
-            for a, b in ((0, values), (values, len(self.value))):
-                m, v = self.exp_avg[a:b], self.exp_avg_sq[a:b]
-                yield _Piece(self.value[a:b], self.grad[a:b], m, v, self.step)
-            return
-        n = values // BLOCK
-        for a, b in ((0, n), (n, len(self.rows))):
-            m, v = self.exp_avg[a:b], self.exp_avg_sq[a:b]
-            yield _Piece(self.value, self.grad, m, v, self.step, self.rows[a:b])
-
-
-def _pieces(p: torch.Tensor, state: State) -> Iterator[_Piece]:
-    """A parameter's low blocks, the others, and the rest of less than a block."""
-    assert p.grad is not None
-    value, grad, step = flat(p, p), flat(p.grad, p), state["step"]
-    low, high = layout(state)
-    body = (low + high) * BLOCK
-    moments = [(state[f"exp_avg_{kind}"], state[f"exp_avg_sq_{kind}"]) for kind in ("low", "high")]
-    if low and high:
-        of_rows = (value[:body].view(-1, BLOCK), grad[:body].view(-1, BLOCK))
-        for (m, v), n, is_low in zip(moments, (low, high), (True, False), strict=True):
-            m, v = (t[: n * BLOCK].view(n, BLOCK) for t in (m, v))
-            yield _Piece(*of_rows, m, v, step, rows_of(state["low"], is_low, n))
-        rest, start = high * BLOCK, body
-    else:
-        if low:
-            yield _Piece(value[:body], grad[:body], *moments[0], step)
-        rest, start = 0, low * BLOCK
-    if start < len(value):
-        m, v = moments[1]
-        yield _Piece(value[start:], grad[start:], m[rest:], v[rest:], step)
-
-
-def _batches(pieces: Iterable[_Piece], at_once: int) -> Iterator[list[_Piece]]:
-    """The pieces, cut, `at_once` values in each list."""
-    batch: list[_Piece] = []
-    room = at_once
-    for piece in pieces:
-        while piece.exp_avg.numel() >= room:
-            first, piece = piece.cut(room - room % BLOCK)
-            yield [*batch, first] if first.exp_avg.numel() else batch
-            batch, room = [], at_once
-        if piece.exp_avg.numel():
-            batch.append(piece)
-            room -= piece.exp_avg.numel()
-    if batch:
-        yield batch
-
-
-def _update(batch: list[_Piece], group: dict[str, Any], generator: torch.Generator | None) -> None:
-    """AdamW, as torch's foreach has it (torch/optim/adam.py, _multi_tensor_adam), on float32 copies of what is low."""
-    low = [x for x in batch if x.exp_avg.dtype == torch.bfloat16]
-    stored = [x.exp_avg for x in low] + [x.exp_avg_sq for x in low]
-    sizes = [t.numel() for t in stored]
-    buffer = torch.empty(sum(sizes), device=batch[0].value.device)
-    copies = [part.view_as(t) for part, t in zip(torch.split(buffer, sizes), stored, strict=True)] if low else []
-    if low:
-        torch._foreach_copy_(copies, stored)
-    rest = [x for x in batch if x.exp_avg.dtype != torch.bfloat16]
-    pieces = low + rest
-    exp_avgs = copies[: len(low)] + [x.exp_avg for x in rest]
-    exp_avg_sqs = copies[len(low) :] + [x.exp_avg_sq for x in rest]
-    values = [x.value if x.rows is None else x.value.index_select(0, x.rows) for x in pieces]
-    _adamw(values, [_grad(x) for x in pieces], exp_avgs, exp_avg_sqs, [x.step for x in pieces], group)
-    for x, value in zip(pieces, values, strict=True):
-        if x.rows is not None:
-            x.value.index_copy_(0, x.rows, value)
-    del values
-    if low:
-        round_(buffer.view(2, -1), generator)
-        torch._foreach_copy_(stored, copies)  # exact now
-
-
-def _grad(x: _Piece) -> torch.Tensor:
-    return x.grad if x.rows is None else x.grad.index_select(0, x.rows)
-
-
-def _adamw(
-    values: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    steps: list[torch.Tensor],
-    group: dict[str, Any],
-) -> None:
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    counts = [1.0 if step.is_meta else step.item() for step in steps]
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    grads.clear()  # copies go
-    roots = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(roots, [(1 - beta2**n) ** 0.5 for n in counts])
-    torch._foreach_add_(roots, group["eps"])
-    torch._foreach_addcdiv_(values, exp_avgs, roots, [-(lr / (1 - beta1**n)) for n in counts])
-
-
-def _add_one(steps: list[torch.Tensor]) -> None:
-    torch._foreach_add_(steps, 1.0)
-
-
-# ---- what can be asked -----------------------------------------------------------------------------------------------
-
-
-def _check(group: dict[str, Any]) -> None:
-    """Raises MemplanError for options or parameters that cannot be."""
-
-    def number(name: str, low: float, high: float, whole: bool = False) -> None:
-        value = group[name]
-        kinds = int if whole else (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-            raise MemplanError(
-                f"HybridAdamW's {name} is {value!r}: it is {'an int' if whole else 'a number'} from {low:g}"
-                + ("" if high == math.inf else f" to {high:g}")
-            )
-
-    for name in ("lr", "eps", "weight_decay"):
-        number(name, 0, math.inf)
-    number("every", 1, math.inf, whole=True)
-    number("at_once", BLOCK, math.inf, whole=True)
-    number("seed", -math.inf, math.inf, whole=True)
-    betas = group["betas"]
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-        raise MemplanError(f"HybridAdamW's betas are {betas!r}: give two numbers from 0 to below 1")
-    if group["threshold"] is not None and group["share"] is not None:
-        raise MemplanError(
-            f"HybridAdamW has threshold={group['threshold']!r} and share={group['share']!r}, two rules for one choice: "
-            "leave one of them out"
-        )
-    if group["threshold"] is not None:
-        number("threshold", 0, math.inf)
-    if group["share"] is not None:
-        number("share", 0, 1)
-    for p in group["params"]:
-        if p.dtype != torch.float32:
-            raise MemplanError(
-                f"a parameter of shape {list(p.shape)} is {p.dtype}, and HybridAdamW updates float32 alone: of others "
-                "torch.optim.AdamW holds moments in their own dtype"
-            )
-        flat(p, p)
-    if len(devices := {str(p.device) for p in group["params"]}) > 1:
-        raise MemplanError(
-            f"a group's parameters are on {' and '.join(sorted(devices))}: give HybridAdamW one group for each device"
-        )
