@@ -69,7 +69,7 @@ class Watch:
         foreseen, notes = [], []
         for optimizer in (ref() for ref in self.optimizers):
             # Others' may do anything in their step.
-            if optimizer is not None and type(optimizer).__module__.startswith("torch."):
+            if optimizer is not None and type(optimizer).__module__.startswith(("torch.", "memplan.")):
                 try:
                     foreseen.append(foresee(optimizer))
                 except MemplanError as e:

@@ -2,7 +2,9 @@
 
 In: an optimizer. Out: the bytes of its states, and the peak inside `step()` beyond parameters, gradients and states.
 A copy of it, over parameters without data (on meta), takes two steps: the first makes the states. What its ops return
-is counted, as long as it lives; memory inside single ops is not. The optimizer itself is not touched.
+is counted, as long as it lives; memory inside single ops is not. The optimizer itself is not touched. One whose step
+depends on data says as what it may be run without: `extremes`, options of its groups, of which the first gives the
+states and the worst what a step takes (runtime/optim/hybrid_adamw.py).
 What cannot run without data (a closure, a look at values) is known from the states that are there after the first step.
 """
 
@@ -13,7 +15,7 @@ import copy
 import gc
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,26 +41,35 @@ def foresee(optimizer: torch.optim.Optimizer) -> Foreseen:
     """What `optimizer` will need. Raises MemplanError for one that cannot step without data."""
     kind = type(optimizer).__name__
     try:
-        new = _hollow(optimizer)
-        fused = any(group.get("fused") for group in new.param_groups)
-        several = any(group.get("foreach") for group in new.param_groups)
-        for group in new.param_groups:
-            if fused:  # its kernels allocate nothing, and do not run on meta
-                group.update(fused=False, foreach=False)
-        step, peaks = inspect.unwrap(type(new).step), []
-        for _ in range(2):
-            before = states(new)
-            with torch.no_grad(), Tally([*before, *(t for p in _parameters(new) for t in (p, p.grad))]) as tally:
-                step(new)
-            peaks.append(_bytes(before) + tally.peak)
+        ways: Iterable[Mapping[str, Any]] = getattr(optimizer, "extremes", ({},))
+        found = [_two_steps(optimizer, more) for more in ways]
     except Exception as e:
         raise MemplanError(
             f"{kind} does not step on parameters without data ({type(e).__name__}: {e}), so what it will hold is not "
             "known ahead: leave option 'optimizer' out, and it counts from the call after its first step"
         ) from e
+    return Foreseen(found[0].states, max(f.transient for f in found), found[0].name)
+
+
+def _two_steps(optimizer: torch.optim.Optimizer, more: Mapping[str, Any]) -> Foreseen:
+    """What two steps of a copy need, whose groups have these options too."""
+    new = _hollow(optimizer)
+    fused = any(group.get("fused") for group in new.param_groups)
+    several = any(group.get("foreach") for group in new.param_groups)
+    for group in new.param_groups:
+        group.update(more)
+        if fused:  # its kernels allocate nothing, and do not run on meta
+            group.update(fused=False, foreach=False)
+    step, peaks = inspect.unwrap(type(new).step), []
+    for _ in range(2):
+        with torch.no_grad(), Tally(t for p in _parameters(new) for t in (p, p.grad)) as tally:
+            for state in states(new):
+                tally.count(state.untyped_storage())
+            step(new)
+        peaks.append(tally.peak)
     held = _bytes(states(new))
     how = " (fused)" if fused else " (foreach; foreach=False or fused=True takes less)" if several else ""
-    return Foreseen(held, 0 if fused else max(0, *(p - held for p in peaks)), f"{kind}.step(){how}")
+    return Foreseen(held, 0 if fused else max(0, *(p - held for p in peaks)), f"{type(new).__name__}.step(){how}")
 
 
 def declared(given: Any, parameters: Sequence[torch.Tensor]) -> Foreseen:

@@ -25,12 +25,13 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                self._count(tensor.untyped_storage())
+                self.count(tensor.untyped_storage())
         if self.keep:
             self.calls.append(pytree.tree_map_only(torch.Tensor, _hollow, (func, args, kwargs or {}, result)))
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, until it is gone."""
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.total += size

@@ -1,0 +1,3 @@
+"""Optimizers whose states take less."""
+
+from memplan.runtime.optim.hybrid_adamw import HybridAdamW as HybridAdamW
