@@ -89,6 +89,7 @@ def adaptive(
     `limits` are the largest sizes to come, where they are known; `step` knows of the other graphs that run with it;
     `optimizer` is declared ahead.
     """
+    _leave_nothing(partitioner)
     symbols = {i: n for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
     names = {i: str(n.node.expr) for i, n in symbols.items()}
     most = tuple(limits.get(_called(n), math.inf) for n in symbols.values())
@@ -97,6 +98,13 @@ def adaptive(
     first = tuple(n if m is math.inf else max(n, int(m)) for n, m in zip(traced, most, strict=True))
     made.add(example_inputs, first, made.held(example_inputs), smallest=step is not None and step.several)
     return made
+
+
+def _leave_nothing(partitioner: Partitioner) -> None:
+    """Have what came early leave: planning runs ops, and a compiler."""
+    there = room.listener(partitioner.budget.listener)
+    if there is not None and there.wants:
+        there.begun("", ())
 
 
 def _called(size: torch.SymInt) -> str:
@@ -195,20 +203,30 @@ class Adaptive:
         self.tell(variant, args)
         return variant.compiled.run(*args)
 
-    def tell(self, variant: Variant | None, args: Sequence[Any]) -> None:
-        """Tell whom the device is shared with what a run of a variant leaves as it goes on; None: nobody knows."""
+    def tell(self, variant: Variant, args: Sequence[Any], *, alone: bool = True) -> None:
+        """Tell whom the device is shared with what a run of a variant leaves as it goes on. alone: in its step."""
         there = room.listener(self.partitioner.budget.listener)
         if there is None or not there.wants:
             return
-        plan = None if variant is None else variant.compiled.plan
-        if variant is None or plan is None or not self.watch.known:
-            why = "its optimizer is not known"
-            if plan is None:
-                why = "others run in its step" if variant is None else "it has no plan"
-            log.info("nothing can come onto the device early while a graph runs: %s", why)
+        plan = variant.compiled.plan
+        if plan is None:
             there.begun("", ())
+        elif why := "others run in its step" if not alone else self._unknown(args):
+            log.info("nothing can come onto the device early while a graph runs: %s", why)
+            there.begun(marks.name_of(plan), ())
         else:
             there.begun(marks.name_of(plan), variant.left(self.sizes(args), self.held(args)))
+
+    def _unknown(self, args: Sequence[Any]) -> str:
+        """Why nobody knows what will be allocated after this graph's backward; empty: it is known."""
+        if not self.watch.known:
+            return "its optimizer is not known"
+        if any(isinstance(a, torch.Tensor) and a.requires_grad and not a.is_leaf for a in args):
+            return "its backward goes on outside of it"
+        own = {id(args[i]) for i in self.parameters}
+        if any(p.requires_grad and id(p) not in own for p in self.watch.updated()):
+            return "its optimizer updates more than it reads"
+        return ""
 
     def choose(self, args: Sequence[Any]) -> Variant:
         """A variant that fits, as far as this graph alone goes."""
@@ -281,6 +299,7 @@ class Adaptive:
     def _compiling(self) -> Iterator[None]:
         mode = detect_fake_mode(self.fakes)
         assert mode is not None
+        _leave_nothing(self.partitioner)
         interrupt()  # what measures between graphs would take the gradients that are traced for a step's backward
         with tracing(TracingContext(mode)):
             yield

@@ -91,8 +91,9 @@ class WholeStep:
         if in_backward():  # torch's checkpointing runs it again: as it ran before
             sizes = graph.sizes(args)
             same = [run.variant for run in self.runs if run.graph is graph and run.sizes == sizes]
-            graph.tell(None, args)
-            return (same[-1] if same else graph.choose(args)).compiled.run(*args)
+            again = same[-1] if same else graph.choose(args)
+            graph.tell(again, args, alone=False)
+            return again.compiled.run(*args)
         if self.runs and (span := self.runs[-1].ahead) is not None:
             span.close(self._new_storages(args))
         if self._over():
@@ -105,7 +106,7 @@ class WholeStep:
         if looks or any(run.ahead is not None for run in self.runs):  # for the way back, then
             self.outside.open()
         self.now = now
-        graph.tell(None if self.runs or self.several else now.variant, args)
+        graph.tell(now.variant, args, alone=not (self.runs or self.several))
         result = now.variant.compiled.run(*args)
         self.now = None
         self._note(now, result, looks)

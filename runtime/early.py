@@ -3,22 +3,27 @@
 In: tenants that are away, and what a running step says that it leaves (room.py). Out: as much of them on the device as
 is left, by a thread of its own, a piece at a time. Where a step takes back what it has left, as the next of several
 does, the pages leave again before it goes on.
-What must hold: there is never more of them on the device than the step has left; and after `settle` nothing comes or
-goes by itself. What is there is pages alone: only `restore` makes it good, and it may be called whatever is there.
+What must hold: there is never more of them on the device than the step has left, and nothing comes that the device has
+no room for; after `settle` nothing comes or goes by itself. What is there is pages alone: only `restore` makes it good,
+and it may be called whatever is there.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from memplan.errors import MemplanError
 
 PIECE = 8 * 2**20  # bytes between two looks at what is left
+PAUSE = 0.02  # seconds until a device that had no room is looked at again
+
+log = logging.getLogger("torch.memplan")
 
 
 @runtime_checkable
@@ -34,15 +39,17 @@ class Incoming:
     in a thread, which does what it is asked in order and answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: Callable[[], int]) -> None:
         self.wants, self._limit = False, 0
         self._step, self._left = "", tuple[int, ...]()
-        self.thread = _Thread()
+        self._steps = set[str]()  # that have run since things are wanted
+        self.thread = _Thread(spare)
         weakref.finalize(self, self.thread.asked.put, None)
 
     def want(self, tenants: Sequence[tuple[Early, int]]) -> None:
         """From now on these shall come, so many bytes of each at most, in this order. What is there of them leaves."""
         self.wants, self._step = True, ""  # a step that runs by now has not told
+        self._steps.clear()
         self._ask(0, tenants)
 
     def settle(self) -> int:
@@ -52,7 +59,9 @@ class Incoming:
         return came
 
     def begun(self, step: str, left: Sequence[int]) -> None:
-        self._step, self._left = step, tuple(left)
+        self._steps |= {step} if step else set()
+        alone = len(self._steps) == 1  # else what one leaves may be what the other needs
+        self._step, self._left = step, tuple(left) if alone else ()
         self._allow(0)
 
     def passed(self, step: str, mark: int) -> None:
@@ -88,9 +97,12 @@ class _Asked:
 
 
 class _Thread:
-    """Does what it is asked, and meanwhile brings in what is missing. It does not keep Incoming alive."""
+    """Does what it is asked, and meanwhile brings in what is missing, where the device has room: what a step has freed
+    may not have left it. It does not keep Incoming alive.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: Callable[[], int]) -> None:
+        self._spare = spare
         self.asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()  # None: end
         self.failed = ""  # why no more came
         self.there = self.limit = 0
@@ -106,15 +118,24 @@ class _Thread:
     def _run(self) -> None:
         while True:
             try:
-                asked = self.asked.get(block=self.there >= self.limit)
+                asked = self.asked.get(timeout=None if self.there >= self.limit else self._bring())
                 if asked is None:
                     return
                 asked.answer.put(self._done(asked))
             except queue.Empty:
-                try:
-                    self._have(min(self.there + PIECE, self.limit))
-                except Exception as error:
-                    self.failed, self.limit = f"{type(error).__name__}: {error}", self.there
+                pass
+
+    def _bring(self) -> float:
+        """Another piece, if there is room. Returns how long to wait before the next, in seconds."""
+        size = min(self.there + PIECE, self.limit)
+        try:
+            if self._spare() < size - self.there:
+                return PAUSE
+            self._have(size)
+        except Exception as error:
+            self.failed, self.limit = f"{type(error).__name__}: {error}", self.there
+            log.warning("no more comes early: %s", self.failed)
+        return 0.0
 
     def _done(self, asked: _Asked) -> int | Exception:
         came = self.there

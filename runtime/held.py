@@ -32,16 +32,24 @@ class Watch:
     looked_for: set[int] = field(default_factory=set)  # ids of parameters
     foreseen: tuple[Foreseen, ...] = ()
     notes: tuple[str, ...] = ()  # what could not be foreseen
+    others: bool = False  # there is an optimizer of which nothing is foreseen
 
     @property
     def known(self) -> bool:
         """Whether it is known what updates the parameters, and what its step takes."""
-        return bool(self.foreseen) and not self.notes
+        return bool(self.foreseen) and not self.notes and not self.others
+
+    def updated(self) -> Iterator[torch.Tensor]:
+        """The parameters of the optimizers that are there."""
+        for optimizer in (ref() for ref in self.optimizers):
+            if optimizer is not None:
+                yield from (p for group in optimizer.param_groups for p in group["params"])
 
     def held(self, parameters: Sequence[torch.Tensor], arguments: Iterable[object] = ()) -> Held:
         """What is held for these parameters. States that are among the arguments of a step are its own."""
         ids = {id(p) for p in parameters}
-        if not ids <= self.looked_for or (self.looks and not self.optimizers):
+        gone = any(ref() is None for ref in self.optimizers)
+        if gone or not ids <= self.looked_for or (self.looks and not self.optimizers):
             self.looks -= ids <= self.looked_for
             self.looked_for |= ids
             self._look(parameters)
@@ -66,7 +74,7 @@ class Watch:
         self.optimizers = optimizers.optimizers_of(parameters)
         if self.declared is not None:
             return
-        foreseen, notes = [], []
+        foreseen, notes, self.others = [], [], False
         for optimizer in (ref() for ref in self.optimizers):
             # Others' may do anything in their step.
             if optimizer is not None and type(optimizer).__module__.startswith(("torch.", "memplan.")):
@@ -74,4 +82,6 @@ class Watch:
                     foreseen.append(foresee(optimizer))
                 except MemplanError as e:
                     notes.append(str(e))
+            elif optimizer is not None:
+                self.others = True
         self.foreseen, self.notes = tuple(foreseen), tuple(notes)

@@ -23,6 +23,7 @@ import contextlib
 import os
 import time
 import typing
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -124,7 +125,8 @@ class Ledger:
         self._tenants: dict[str, Tenant] = {}
         self._inside: dict[str, tuple[str, object]] = {}  # by device: the phase that a thread is in, and its visit
         self._moved = 0
-        self._incoming = Incoming()
+        there = weakref.ref(self)
+        self._incoming = Incoming(lambda: 0 if (ledger := there()) is None else ledger.spare)
         self._listener = room.listen(self._incoming)
         self._lock = DeviceLock(device, folder)
         self._beside = self._measure()
@@ -242,8 +244,9 @@ class Ledger:
     def prefetch(self, name: RLPhase) -> None:
         """Inside a phase, before its last step: let what phase `name` needs come early, as that step leaves room.
 
-        A step leaves room as its backward goes on, where its budget is of `budget_for` and its optimizer is known. What
-        runs after it in the block, besides that optimizer, takes memory that nobody has reserved: run it before.
+        A step leaves room as its backward goes on, where its budget is of `budget_for`, its optimizer is known and
+        updates nothing else, and no other compiled step runs in the block from here on. What runs after it, besides
+        that optimizer, takes memory that nobody has reserved: run it before.
         """
         if self.device not in self._inside:
             raise MemplanError(f"what {name!r} needs can come early inside of another phase only: enter that one first")
@@ -255,6 +258,11 @@ class Ledger:
                 coming.append((tenant, lease.bytes))
         self._incoming.want(coming)
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that nothing has, as the device says."""
+        return self.budget - (self._measure() - self._beside)
+
     def _leave(self, visit: tuple[str, object]) -> None:
         if self._inside.get(self.device) is visit:
             del self._inside[self.device]
@@ -263,7 +271,8 @@ class Ledger:
         start, before, failed = time.perf_counter(), self.at, ""
         self._moved = early = 0
         try:
-            early = self._incoming.settle()
+            if self._incoming.settle():
+                early = sum(n for tag, n in self._reported().items() if self.leases[tag].state == "between")
             self._confirm()  # nothing has moved: there is nothing to bring back
             self._transition(name)
         except BaseException as error:

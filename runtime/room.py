@@ -23,7 +23,9 @@ class Listener(Protocol):
     wants: bool
 
     def begun(self, step: str, left: Sequence[int]) -> None:
-        """A step needs all of its budget, and so many bytes less from each of its marks on."""
+        """A step needs all of its budget, and so many bytes less from each of its marks on; without a name: what has
+        begun passes no marks.
+        """
 
     def passed(self, step: str, mark: int) -> None:
         """It has passed a mark: those of a backward in order, from 0."""

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 import memplan
 from memplan.errors import MemplanError
@@ -47,7 +47,9 @@ def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **o
     The budget is that of the policy's forward and backward; a pass without gradients is compiled and has no plan.
     Gradient checkpointing is switched off: what is computed again is the plan's to decide.
     Raises MemplanError for what is not a GRPOTrainer or one that this cannot plan. In train() a budget that is too
-    small is refused with DoesNotFit before the first step, whose `smallest` is a budget that fits.
+    small is refused with DoesNotFit, whose `smallest` fits what is held by then: with limits, head="memplan" and no
+    gradient accumulation before the first step. Otherwise a longer sequence, TRL's head, or a second micro-batch beside
+    the first one's gradients may be refused later. A reference model of its own is not in the budget.
     """
     _check(trainer)
     if head not in get_args(Head):
@@ -57,8 +59,10 @@ def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **o
     _without_checkpointing(any_trainer)
     method = any_trainer._get_per_token_logps_and_entropies
 
+    own_loss = any(_overridden(trainer, name) for name in ("compute_loss", "_compute_loss"))  # may descend entropies
+
     def get_per_token_logps_and_entropies(model: Any, *args: Any, **kwargs: Any) -> Any:
-        trained = any_trainer._entropy_bonus_enabled
+        trained = own_loss or any_trainer._entropy_bonus_enabled
         return method(lambda **inputs: passes.run(model, inputs, trained), *args, **kwargs)
 
     any_trainer._get_per_token_logps_and_entropies = get_per_token_logps_and_entropies
@@ -95,6 +99,11 @@ class _Passes:
             if isinstance(failed.inner_exception, MemplanError):
                 raise failed.inner_exception from None
             raise
+        except FailOnRecompileLimitHit as failed:
+            raise MemplanError(
+                f"the pass was compiled {VARIANTS} times: something of the model is another with each step, which "
+                'TORCH_LOGS="recompiles" names; make it a tensor, or leave planned() out'
+            ) from failed
         return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=aux_loss)
 
 
@@ -179,6 +188,13 @@ def _without_checkpointing(trainer: Any) -> None:
                 del module._forward_hooks[key]
 
 
+def _overridden(trainer: Any, name: str) -> bool:
+    """Is a method not TRL's own?"""
+    from trl import GRPOTrainer
+
+    return getattr(getattr(trainer, name), "__func__", None) is not getattr(GRPOTrainer, name)
+
+
 def _check(trainer: Any) -> None:
     """Refuse what would not be planned, or not be right."""
     try:
@@ -190,6 +206,11 @@ def _check(trainer: Any) -> None:
         raise MemplanError(f"planned() was given {what}: it takes a trl.GRPOTrainer, made and not training yet")
     if hasattr(trainer, "memplan_passes"):
         raise MemplanError("this trainer is planned already: make another one for another budget or other options")
+    if _overridden(trainer, "_get_per_token_logps_and_entropies"):
+        raise MemplanError(
+            f"{type(trainer).__name__} has its own _get_per_token_logps_and_entropies, and memplan plans TRL's: leave "
+            "one of them out"
+        )
     name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
     if trainer._is_vlm or getattr(trainer.model.config, "vision_config", None) is not None:
         raise MemplanError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from memplan import DoesNotFit, MemplanError
 from memplan.grpo.choices import LossType
@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils
 
+from memplan.grpo import trl as ours
 from memplan.grpo.trl import planned
 
 pytestmark = [
@@ -94,7 +95,7 @@ class Runs:
         self.model = AutoModelForCausalLM.from_pretrained(folder)
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    def trainer(self, lora=False, fresh=False, **args) -> GRPOTrainer:
+    def trainer(self, lora=False, fresh=False, of=GRPOTrainer, **args) -> GRPOTrainer:
         model = AutoModelForCausalLM.from_pretrained(self.folder) if lora or fresh else self.model
         vars(model).pop("forward", None)  # the head of the trainer before
         model.load_state_dict(self.before)
@@ -105,7 +106,7 @@ class Runs:
             save_strategy="no", disable_tqdm=True, temperature=0.9, gradient_checkpointing=False,
         )  # fmt: skip
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]) if lora else None
-        return GRPOTrainer(
+        return of(
             model,
             vowels,
             args=GRPOConfig(**given | args),
@@ -222,6 +223,37 @@ def test_adapters(runs, head):
         assert counters["stats"]["unique_graphs"] - before == 3
 
 
+class Exploring(GRPOTrainer):
+    """A loss of its own, with a bonus for entropy."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        kept = inputs["completion_ids"].size(1)
+        _, entropies, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, kept, compute_entropy=True)
+        return super()._compute_loss(model, inputs) - 0.5 * entropies.mean()
+
+
+def test_a_loss_of_ones_own_may_descend_entropies(runs):
+    theirs = runs.run(fresh=True, of=Exploring)
+    assert_close(runs.run("memplan", fresh=True, of=Exploring), theirs)
+    assert any(not torch.equal(theirs[1][k], v) for k, v in runs.run(fresh=True)[1].items())
+
+
+def test_a_model_that_is_another_with_each_step_is_named(runs, monkeypatch):
+    monkeypatch.setattr(ours, "VARIANTS", 2)
+    trainer = planned(runs.trainer(fresh=True, max_steps=6), budget=AMPLE, inner="eager")
+    attention = trainer.model.model.layers[0].self_attn
+
+    class Annealed(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            attention.scaling *= 0.9
+
+    trainer.add_callback(Annealed())
+    with pytest.raises(MemplanError, match="the pass was compiled 2 times: something of the model is another"):
+        trainer.train()
+
+
 def test_mixed_precision(runs):
     assert_equal(runs.run("trl", bf16=True, fresh=True), runs.run(bf16=True, fresh=True))
 
@@ -275,6 +307,9 @@ def test_what_is_refused(runs, monkeypatch):
         monkeypatch.undo()
     monkeypatch.setattr(trainer.model.config, "vision_config", object(), raising=False)
     says("LlamaForCausalLM is a vision model")
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_: None)
+    says("GRPOTrainer has its own _get_per_token_logps_and_entropies, and memplan plans TRL's")
     monkeypatch.undo()
     monkeypatch.setattr(trainer, "_is_vlm", True)
     says("LlamaForCausalLM is a vision model")
