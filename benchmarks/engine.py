@@ -247,8 +247,8 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(1)  # products are small: two threads wait for each other
     left = leaving(asked.cache * MIB)
-    overlapped = early(asked.cache * MIB)
     figures, looks = loop(asked.steps)
+    overlapped = early(asked.cache * MIB)
     broken = promised(figures) + ([] if left["same_tokens"] else ["tokens change over a release"])
     print(left, overlapped, {name: value for name, value in figures.items() if name != "rewards"}, *broken, sep="\n")
     if asked.png:

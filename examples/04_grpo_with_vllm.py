@@ -30,7 +30,7 @@ NEW_TOKENS, LENGTH, GROUP = 16, 64, 8
 
 
 class Seen(NamedTuple):
-    """One step. Bytes: of both phases above the process's own; of the KV cache in rollout and in training."""
+    """One step. Bytes: of both phases above the process's own; of the KV cache in rollout and before a step."""
 
     reward: float
     off_by: float  # nats, the largest of all tokens
@@ -85,6 +85,7 @@ def train(steps: int) -> Iterator[Seen]:
                 ours = token_logprobs(model, rolled.batch["input_ids"])
             off = (ours - rolled.batch["old_logprobs"]).abs() * rolled.batch["completion_mask"]
             del ours
+            away = engine.resident
             ledger.prefetch("rollout")  # the KV cache comes back as backward leaves room
             step(rolled.batch).backward()
             training = memory.resident() - before
@@ -95,7 +96,7 @@ def train(steps: int) -> Iterator[Seen]:
             states = moved_in(s for of in optimizer.state.values() for s in of.values())
             ledger.lease("optimizer", states, states.arena.size, ("train",))
         yield Seen(
-            float(rolled.rewards.mean()), float(off.max()), rolling, training, (cache, engine.resident),
+            float(rolled.rewards.mean()), float(off.max()), rolling, training, (cache, away),
             len(shared.copied),
         )  # fmt: skip
     ledger.close()
