@@ -43,7 +43,7 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Look(NamedTuple):
-    """What there is at a moment: seconds, the phase, resident bytes, and bytes of the leases that are resident."""
+    """What there is at a moment: seconds, the phase, resident bytes, and bytes that leases have there."""
 
     at: float
     phase: str
@@ -63,6 +63,8 @@ class Watch:
         _, pages, of_files, *_ = Path("/proc/self/statm").read_text().split()
         leases = dict(getattr(self.ledger, "leases", {}))
         held = {tag: lease.bytes for tag, lease in leases.items() if lease.state == "resident"}
+        early = [tag for tag, lease in leases.items() if lease.state == "between"]
+        held |= {tag: self.ledger._tenants[tag].resident for tag in early}
         found = os.sysconf("SC_PAGE_SIZE") * (int(pages) - int(of_files))
         self.peaks[self.phase] = max(self.peaks[self.phase], found)
         self.looks.append(Look(time.perf_counter(), self.phase, found, held))
@@ -177,7 +179,7 @@ def early(size: int, steps: int = 14) -> dict[str, Any]:
     """
     example, phase, prefetch = example_of(), Ledger.phase, Ledger.prefetch
     example.CACHE, example.GROUP = size, 16
-    example.TRAINING = size + example.RUNNING
+    example.TRAINING = max(size + example.RUNNING, 512 * MIB)
     taken: dict[str, list[tuple[float, float]]] = {"rollout": [], "train": []}  # entering, and the block
     came, number = list[int](), 0
 
