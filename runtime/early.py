@@ -61,6 +61,8 @@ class Incoming:
     def begun(self, step: str, left: Sequence[int]) -> None:
         self._steps |= {step} if step else set()
         alone = len(self._steps) == 1  # else what one leaves may be what the other needs
+        if self.wants and len(self._steps) > 1:
+            log.info("nothing comes early: %d compiled steps have run since it was asked for", len(self._steps))
         self._step, self._left = step, tuple(left) if alone else ()
         self._allow(0)
 

@@ -228,7 +228,15 @@ def test_what_was_left_is_taken_back(tmp_path: Path) -> None:
     ledger.close()
 
 
-HOW = ["two graphs", "no optimizer", "never asked", "another's backward", "another optimizer", "more parameters"]
+HOW = [
+    "two graphs",
+    "no optimizer",
+    "never asked",
+    "another's backward",
+    "another inside",
+    "another optimizer",
+    "more parameters",
+]
 
 
 @pytest.mark.parametrize("how", [*HOW, "goes on"])
@@ -265,6 +273,8 @@ def test_what_is_not_known_leaves_nothing(how: str, tmp_path: Path) -> None:
             value = loss(ROWS.clone().requires_grad_().mul(1) if how == "goes on" else ROWS)
             if how == "another's backward":
                 other(ROWS[:64])  # which has told last
+            if how == "another inside":
+                other(ROWS[:64]).backward()  # while what this one has kept is there
             value.backward()
             time.sleep(0.02)
             assert cache.resident == 0 and not cache.most
