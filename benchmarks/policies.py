@@ -1,12 +1,13 @@
 """Every built-in policy on every recorded step, from the least budget to what save-all takes. No torch model is run.
 
-    python benchmarks/policies.py [NAME...] [--budgets 12] [-o FILE]
+    python benchmarks/policies.py [NAME...] [--budgets 12] [--only POLICY,...] [-o FILE]
 
 An H100 whose bus takes 50 GB/s each way, without a host and with 1 TB of it; the fastest a machine can be is the bound.
 Of each step: a row for each policy and budget; what the planner takes from nothing, in seconds of one core and of the
 clock, for the middle budget with a host; and its overhead inside that budget for buses of 12.5 to 200 GB/s. Steps that
-are not named stay in the file as they were. Exit code 1 when another policy is faster than the planner, a plan is over
-its budget where another fits, or an overhead rises with the budget or the bus.
+are not named stay in the file as they were, and with `--only` the rows of other policies. Exit code 1 when another
+policy is faster than the planner, a plan is over its budget where another fits, or an overhead rises with the budget or
+the bus.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,19 @@ def look(name: str, count: int) -> dict[str, Any]:
     }
 
 
+def added(name: str, known: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
+    """The figures of one step with the rows of `wanted` made anew, inside the budgets of the others'."""
+    step = GENERATED[name] if name in GENERATED else steps.load(name)
+    rows = [from_plain(name, row) for row in known["rows"] if row["policy"] not in wanted]
+    for host in (0, HOST):
+        note = "host" if host else ""
+        sizes = sorted({row.budget for row in rows if row.note == note})
+        found = rank({name: step}, [TARGET], wanted, sizes, host_bytes=host)
+        rows += [dataclasses.replace(row, note=note) for row in found.rows]
+    rows.sort(key=lambda row: (row.note, row.budget, not row.fits, row.overhead, row.peak, row.policy))
+    return known | {"broken": broken(rows, ()), "rows": [plain(row) for row in rows]}
+
+
 def budgets(step: Step, host: int, count: int) -> list[int]:
     """From the least that anything fits to what save-all takes, evenly spread on a scale of ratios beyond the base."""
     most = evaluate(step, {}, Budget(2**62), TARGET, "eager", "save-all").peak - step.base_bytes
@@ -86,7 +101,7 @@ def seconds(step: Step, budget: Budget, target: Machine) -> dict[str, float]:
     return {"cpu": round(time.process_time() - spent, 2), "clock": round(time.perf_counter() - clock, 2)}
 
 
-def broken(rows: list[Row], buses: tuple[Row, ...]) -> list[str]:
+def broken(rows: list[Row], buses: Sequence[Row]) -> list[str]:
     """What must not be."""
     out = list[str]()
     for (budget, host), group in itertools.groupby(rows, key=lambda row: (row.budget, row.note)):
@@ -113,19 +128,26 @@ def plain(row: Row) -> dict[str, Any]:
     }
 
 
+def from_plain(name: str, row: dict[str, Any]) -> Row:
+    """The row of such values."""
+    values: dict[str, Any] = {k: math.inf if v is None else v for k, v in row.items() if k != "host"}
+    return Row(name, TARGET.name, note="host" if row["host"] else "", **values)
+
+
 def main() -> int:
     """Run, print, write after each step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names())}; default all")
     parser.add_argument("--budgets", type=int, default=12)
+    parser.add_argument("--only", metavar="POLICY,...", help="rank these, beside the rows that the file has of others")
     parser.add_argument("-o", "--out", default="benchmarks/results/policies.json")
     args = parser.parse_args()
     out = Path(args.out)
     found: dict[str, Any] = json.loads(out.read_text())["steps"] if out.exists() else {}
     for name in args.names or names():
-        found[name] = look(name, args.budgets)
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found[name]["resident_bytes"] = most
+        found[name] = added(name, found[name], args.only.split(",")) if args.only else look(name, args.budgets)
+        if not args.only:
+            found[name]["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print({"step": name} | {k: v for k, v in found[name].items() if k != "rows"}, flush=True)
         save(out, {"budgets": args.budgets, "steps": dict(sorted(found.items()))})
     return int(any(one["broken"] for one in found.values()))

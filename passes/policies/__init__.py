@@ -43,6 +43,7 @@ def policy(name: str) -> Callable[[Callable[[Step, Budget, Machine], Decisions]]
 def builtin() -> dict[str, Policy]:
     """The policies that come with memplan, by name."""
     from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
+    from memplan.passes.policies.chunked import Chunked
     from memplan.passes.policies.greedy import Greedy
     from memplan.passes.policies.offload import HandBack, OffloadAll, OffloadLayerInputs
     from memplan.passes.policies.optimal import Optimal
@@ -50,7 +51,7 @@ def builtin() -> dict[str, Policy]:
     from memplan.passes.policies.torch_saved import TorchBudget, TorchMinCut
 
     found: list[Policy] = [Optimal(), Greedy(), SaveAll(), BlockCheckpoint(), SqrtN(), TorchMinCut()]
-    found += [OffloadAll(), OffloadAll("disk"), OffloadLayerInputs(), HandBack()]
+    found += [OffloadAll(), OffloadAll("disk"), OffloadLayerInputs(), HandBack(), Chunked()]
     found += [TorchBudget(ratio) for ratio in TorchBudget.RATIOS]
     return {name_of(p): p for p in found}
 

@@ -18,6 +18,7 @@ from memplan.passes.bound import bound
 from memplan.passes.chain import Chain, Option, chain
 from memplan.passes.copies import placed
 from memplan.passes.master import pick
+from memplan.passes.policies.chunked import Chunked
 from memplan.passes.policies.greedy import Greedy, choose, in_order, moved, path
 from memplan.passes.policies.offload import SMALL, HandBack, OffloadLayerInputs, decided
 from memplan.passes.policies.polish import Candidate, Judge, polished
@@ -74,13 +75,13 @@ def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float
     step, budget, machine = judge.step, judge.budget, judge.machine
     limit = best.seconds if best and not best.over else math.inf
     points = [p for p in step.once(path, machine, Greedy().points) if p.seconds < limit]
-    if budget.host_bytes:
-        if limit > enough:
-            points += moved(step, points, budget, machine, small, judge.room, limit)
-        for rule in (OffloadLayerInputs(small=small), HandBack(small=small)):
-            decisions = rule(step, budget, machine)
-            offloads = {t: d for t, d in decisions.items() if isinstance(d, Offload)}
-            yield judge.candidate(saved_by(step, decisions), offloads)
+    if budget.host_bytes and limit > enough:
+        points += moved(step, points, budget, machine, small, judge.room, limit)
+    moving = (OffloadLayerInputs(small=small), HandBack(small=small)) if budget.host_bytes else ()
+    for rule in (Chunked(small=small), *moving):
+        decisions = rule(step, budget, machine)
+        offloads = {t: d for t, d in decisions.items() if isinstance(d, Offload)}
+        yield judge.candidate(saved_by(step, decisions), offloads)
     if points or best is None:
         point = choose(step, sorted(points, key=in_order), budget.available)
         yield judge.candidate(point.saved, point.offloads)

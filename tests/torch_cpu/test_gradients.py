@@ -17,7 +17,7 @@ from tests.planned import NO_DEVICE, NOTHING, Joint, frozen_heap
 POLICIES = (
     "save-all", "block-checkpoint", "sqrt-n", "greedy", "torch-min-cut", "torch-budget-0.75", "torch-budget-0.5",
     "torch-budget-0.25", "torch-budget-0", "offload-all", "offload-all-disk", "offload-layer-inputs", "hand-back",
-    "optimal",
+    "chunked", "optimal",
 )  # fmt: skip
 SEED = 3
 

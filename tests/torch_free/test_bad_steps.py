@@ -26,7 +26,16 @@ from memplan.units import human
 from tests.torch_free.conftest import MACHINE, make_step
 from tests.torch_free.random_steps import any_steps
 
-POLICIES = ("optimal", "greedy", "block-checkpoint", "sqrt-n", "save-all", "offload-layer-inputs", "hand-back")
+POLICIES = (
+    "optimal",
+    "greedy",
+    "block-checkpoint",
+    "sqrt-n",
+    "save-all",
+    "offload-layer-inputs",
+    "hand-back",
+    "chunked",
+)
 
 
 def refused(step: Step, policy: Any, budget: int) -> DoesNotFit:

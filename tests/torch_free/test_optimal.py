@@ -16,6 +16,7 @@ from memplan.passes.master import pick
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies import Policy, name_of
 from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
+from memplan.passes.policies.chunked import Chunked
 from memplan.passes.policies.greedy import Greedy
 from memplan.passes.policies.offload import HandBack, OffloadAll, OffloadLayerInputs, decided
 from memplan.passes.policies.optimal import Optimal
@@ -25,7 +26,7 @@ from tests.torch_free.random_steps import any_steps
 from tests.torch_free.test_bound import ROOFLINE, machines, small_steps
 
 SIZES = {13.97: 2.0, 11.97: 2.5, 9.86: 3.1, 7.73: 4.2, 5.59: 7.0, 3.82: 9.8}  # budget in GB -> most overhead in %
-OTHERS: tuple[Policy, ...] = (SaveAll(), BlockCheckpoint(), SqrtN(), Greedy(small=0))
+OTHERS: tuple[Policy, ...] = (SaveAll(), BlockCheckpoint(), SqrtN(), Chunked(small=0), Greedy(small=0))
 MOVING: tuple[Policy, ...] = (OffloadAll(small=0), OffloadLayerInputs(small=0), HandBack(small=0))
 
 

@@ -16,6 +16,7 @@ from memplan.passes import policies
 from memplan.passes.check import check
 from memplan.passes.pipeline import evaluate, make_plan
 from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
+from memplan.passes.policies.chunked import Chunked
 from memplan.passes.policies.greedy import Greedy, Point, choose, path
 from memplan.passes.policies.optimal import Optimal
 from memplan.passes.policies.save_all import SaveAll
@@ -25,7 +26,7 @@ from memplan.passes.simulate import peak
 from tests.torch_free.random_steps import MACHINE, any_steps
 
 ROOFLINE = Machine("roofline-v1", "cuda", 80 * 10**9, 2.6e12, (("bfloat16", 600e12), ("float32", 600e12)))
-BUILT_IN = (SaveAll(), BlockCheckpoint(), SqrtN(), Greedy(), Optimal())
+BUILT_IN = (SaveAll(), BlockCheckpoint(), SqrtN(), Chunked(), Greedy(), Optimal())
 
 
 def evaluated(step: Step, policy: policies.Policy, budget: int, machine: Machine = MACHINE) -> Plan:
