@@ -119,3 +119,20 @@ def test_what_the_page_says_in_words() -> None:
         100 * at(figures, 32)[name]["peak"] / at(figures, 32)["none"]["peak"] for name in (root, benchmark.SLICES[root])
     ]
     assert f"from {sliced[0]:.1f} to {sliced[1]:.1f} %" in text
+
+
+def test_how_it_ranks() -> None:
+    """On all steps that the policies are ranked on."""
+    steps = json.loads((ROOT / "benchmarks" / "results" / "policies.json").read_text())["steps"]
+    groups = dict[Any, dict[str, Any]]()
+    for name, of in steps.items():
+        for row in of["rows"]:
+            groups.setdefault((name, row["budget"], row["host"]), {})[row["policy"]] = row
+    fits = [here for here in groups.values() if here["chunked"]["fits"]]
+    faster = sum(here["chunked"]["overhead"] < here["greedy"]["overhead"] for here in fits)
+    assert all(here["optimal"]["overhead"] <= here["chunked"]["overhead"] + 1e-9 for here in fits)
+    says = (
+        f"on {len(steps)} steps, at {len(groups)} budgets with and without a host, it fits at {len(fits)}, and is "
+        f"faster than `greedy` at {faster}"
+    )
+    assert says in " ".join(DOC.read_text().split())
