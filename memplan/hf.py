@@ -12,18 +12,25 @@ What must hold: with inner="eager" losses and weights are the trainer's to the b
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
 import memplan
 from memplan.errors import MemplanError
+from memplan.here import this_machine
+from memplan.ir import Budget
+from memplan.options import Options, read_budget
 
 Trainer = TypeVar("Trainer")
 
 DIMENSIONS = {"batch": 0, "tokens": 1}
+SCALARS = 1024  # bytes: a loss divided, its gradient, the sum that is logged
 
 log = logging.getLogger("torch.memplan")
 
@@ -33,8 +40,9 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
 
     budget, options: as in torch.compile(backend="memplan", options={...}); {"limits": {"tokens": 4096}} makes the plan
         for the longest sequence at once. Otherwise lengths are planned for as they come, in at most four plans.
-    Evaluation and prediction run as they did. Gradient checkpointing is switched off: what is computed again is the
-    plan's to decide.
+    The budget is that of forward, loss, backward and optimizer, with parameters, gradients, states and the batch; of
+    an accumulated step the micro-batches that wait for their turn are beside it. Evaluation and prediction run as they
+    did. Gradient checkpointing is switched off: what is computed again is the plan's to decide.
     Raises MemplanError for what is not a Trainer, or one that this cannot plan. In train() a budget that is too small
     is refused with DoesNotFit, whose `smallest` fits what is held by then: before the first step, but with gradient
     accumulation, where the second micro-batch meets the first one's gradients.
@@ -42,7 +50,7 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
     _check(trainer)
     any_trainer: Any = trainer
     compute_loss = any_trainer.compute_loss
-    compiled = memplan.compile(_loss, budget=budget, **options)
+    compiled = memplan.compile(_loss, budget=_room(any_trainer, budget, options), **options)
     dimensions = [DIMENSIONS[name] for name in options.get("limits") or ()]
 
     def planned_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,12 +59,21 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
         for value in inputs.values() if dimensions else ():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, dimensions)
-        return compiled(compute_loss, model, inputs, args, kwargs)
+        with warnings.catch_warnings():  # args.n_gpu asks, each time, whether torch can be imported
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache", UserWarning)
+            return compiled(compute_loss, model, inputs, args, kwargs)
 
     without_checkpointing(any_trainer)
     any_trainer.compute_loss = planned_loss
     any_trainer.memplan_planned = True
     return trainer
+
+
+def _room(trainer: Any, budget: Any, options: Mapping[str, Any]) -> Budget:
+    """The budget, less what the trainer makes of a loss outside of the plan."""
+    read = Options.read({"budget": budget, **options}, os.environ)
+    whole = read_budget(read.budget, read.machine or this_machine(trainer.args.device.type))
+    return dataclasses.replace(whole, others=(*whole.others, ("the trainer's scalars", SCALARS)))
 
 
 def _loss(compute_loss: Callable[..., Any], model: Any, inputs: Any, args: Any, kwargs: Any) -> Any:
