@@ -174,8 +174,7 @@ def main() -> int:
         own = alone["peak"]
         note("Trainer", None, dict(alone))
         note("Trainer, activation checkpointing", None, run(None, True), alone)
-        for share in (0.9, 0.8):
-            note(f"memplan, {share:.0%}", int(share * own), run(int(share * own)), alone)
+        note("memplan, 90%", int(0.9 * own), run(int(0.9 * own)), alone)
         note("memplan, least", *least(run), alone)
         note("memplan, tiles, 60%", int(0.6 * own), run(int(0.6 * own), tiles="auto"))
         note("memplan, tiles, least", *least(lambda budget: run(budget, tiles="auto")))

@@ -162,7 +162,7 @@ def test_same_losses_and_weights_inside_the_budget(tmp_path, name):
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_least_budget(tmp_path, micro_batches):
     """A refusal names a budget that fits, before the first step; of two micro-batches the second is refused again."""
     given = {"gradient_accumulation_steps": micro_batches}
@@ -179,7 +179,7 @@ def test_the_least_budget(tmp_path, micro_batches):
     assert max(peaks(made)) <= budget
 
 
-@pytest.mark.parametrize("model", [language_model, with_adapters])
+@pytest.mark.parametrize("model", [language_model, pytest.param(with_adapters, marks=pytest.mark.slow)])
 def test_evaluation_save_and_resume(tmp_path, model):
     """Checkpoints are the trainer's: either goes on from one of the other."""
     given = dict(
@@ -191,7 +191,9 @@ def test_evaluation_save_and_resume(tmp_path, model):
     alone.train()
     assert any("eval_loss" in entry for entry in alone.state.log_history)
     made = planned(trainer(folder, **given), budget=AMPLE, **PLANNED)
+    before = counters["stats"]["unique_graphs"]
     made.train()
+    assert counters["stats"]["unique_graphs"] - before == 1  # evaluation is the trainer's own
     assert not made.model.is_activation_checkpointing
     assert_same(outcome(made), outcome(alone))
     again = planned(trainer(folder, **given), budget=AMPLE, **PLANNED)
