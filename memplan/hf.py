@@ -45,7 +45,8 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
     did. Gradient checkpointing is switched off: what is computed again is the plan's to decide.
     Raises MemplanError for what is not a Trainer, or one that this cannot plan. In train() a budget that is too small
     is refused with DoesNotFit, whose `smallest` fits what is held by then: before the first step, but with gradient
-    accumulation, where the second micro-batch meets the first one's gradients.
+    accumulation, where the second micro-batch meets the first one's gradients, and of a compute_loss of one's own that
+    Dynamo splits, which is planned as a whole at its second call.
     """
     _check(trainer)
     any_trainer: Any = trainer
