@@ -22,6 +22,8 @@ _HOME = {
     "plan": "memplan.api",
     "largest": "memplan.api",
     "compile": "memplan.api",
+    "fit": "memplan.fitting",
+    "unfit": "memplan.fitting",
     "timeline": "memplan.api",
     "policy": "memplan.passes.policies",
     "record": "memplan.runtime.recorder",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from memplan.api import timeline as timeline
     from memplan.errors import DoesNotFit as DoesNotFit
     from memplan.errors import MemplanError as MemplanError
+    from memplan.fitting import fit as fit
+    from memplan.fitting import unfit as unfit
     from memplan.ir import Keep as Keep
     from memplan.ir import Machine as Machine
     from memplan.ir import Offload as Offload

@@ -134,10 +134,12 @@ def compile(
     Dynamo traces `.backward()` into the graph (torch._dynamo.config.trace_autograd_ops, set for each call). What it
     cannot trace splits the step: torch.optim's own step, and returning a loss that is not detached. An optimizer
     written with torch._foreach ops stays inside.
+    A call raises DoesNotFit and other MemplanErrors as they are, not wrapped by torch.
     """
     import torch
 
     from memplan.backend import memplan_backend
+    from memplan.compiled import own_errors
 
     given = {"budget": budget, **options}
     Options.read(given, os.environ)  # what is wrong with them is said here, not at the first call
@@ -146,7 +148,7 @@ def compile(
 
     @functools.wraps(step if hasattr(step, "__name__") else type(step).__call__)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with own_errors(), torch._dynamo.config.patch(trace_autograd_ops=True):
             return compiled(*args, **kwargs)
 
     return run

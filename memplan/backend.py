@@ -37,9 +37,16 @@ log.setLevel(logging.getLogger("memplan").level)  # TORCH_LOGS="+memplan" sets t
 
 
 def memplan_backend(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **more: Any
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    adopted: Callable[[Plan], None] = lambda plan: None,
+    **more: Any,
 ) -> Callable[..., Any]:
-    """Compile one graph under memplan. Raises MemplanError, which torch wraps in BackendCompilerFailed."""
+    """Compile one graph under memplan. Raises MemplanError, which torch wraps in BackendCompilerFailed. `adopted` is
+    given each plan that will run, before it does.
+    """
     if more:
         raise MemplanError(f"torch.compile was given {sorted(more)}; memplan takes options={{...}} only")
     read = Options.read(options, os.environ)
@@ -59,6 +66,11 @@ def memplan_backend(
         tiles=read.tiles,
         cost=read.cost_model,
     )
+
+    def report(plan: Plan) -> None:
+        _report(plan, read)
+        adopted(plan)
+
     log.debug("a graph of %d nodes, planned with %s", len(graph.graph.nodes), read)
     step = whole_step(compile_call(), read.optimizer)
     if step is not None:
@@ -68,7 +80,7 @@ def memplan_backend(
         example_inputs,
         partitioner,
         _compiler(read),
-        lambda plan: _report(plan, read),
+        report,
         functools.partial(explain, out=read.out),
         dict(read.limits),
         step,

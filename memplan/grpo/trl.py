@@ -14,7 +14,6 @@ first time does not make a plan.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -22,17 +21,13 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 import memplan
 from memplan.errors import MemplanError
+from memplan.hf import without_checkpointing
 
 Head = Literal["memplan", "trl"]
 Trainer = TypeVar("Trainer")
-
-VARIANTS = 64  # of one pass: with and without gradients, of policy and reference, adapters, training and evaluation
-
-log = logging.getLogger("torch.memplan")
 
 
 def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **options: Any) -> Trainer:
@@ -56,7 +51,7 @@ def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **o
         raise MemplanError(f"head {head!r} is not offered: it is {' or '.join(map(repr, get_args(Head)))}")
     any_trainer: Any = trainer
     passes = _Passes(_heads(head), memplan.compile(_pass, budget=budget, **options))
-    _without_checkpointing(any_trainer)
+    without_checkpointing(any_trainer)
     method = any_trainer._get_per_token_logps_and_entropies
 
     own_loss = any(_overridden(trainer, name) for name in ("compute_loss", "_compute_loss"))  # may descend entropies
@@ -91,19 +86,8 @@ class _Passes:
         for value in inputs.values():
             if isinstance(value, Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, 1)
-        many = torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True)
-        try:
-            with _other_names(_module(), self.names), many:
-                log_probs, entropy, aux_loss = self.compiled(model, inputs, entropy_is_trained)
-        except BackendCompilerFailed as failed:
-            if isinstance(failed.inner_exception, MemplanError):
-                raise failed.inner_exception from None
-            raise
-        except FailOnRecompileLimitHit as failed:
-            raise MemplanError(
-                f"the pass was compiled {VARIANTS} times: something of the model is another with each step, which "
-                'TORCH_LOGS="recompiles" names; make it a tensor, or leave planned() out'
-            ) from failed
+        with _other_names(_module(), self.names):
+            log_probs, entropy, aux_loss = self.compiled(model, inputs, entropy_is_trained)
         return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=aux_loss)
 
 
@@ -172,20 +156,6 @@ def _other_names(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
-
-
-def _without_checkpointing(trainer: Any) -> None:
-    names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(trainer.args, n)]
-    if not any(getattr(trainer.args, name) for name in names):
-        return
-    log.info("%s is switched off: what is computed again is the plan's to decide", names[0])
-    for name in names:  # a new name and its alias, in transformers 5.24
-        setattr(trainer.args, name, False)
-    getattr(trainer.model, f"{names[0]}_disable")()
-    for module in trainer.model.modules():  # what lets inputs require gradients for it, which Dynamo cannot trace
-        for key, hook in list(module._forward_hooks.items()):  # transformers forgets all of them but the last
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del module._forward_hooks[key]
 
 
 def _overridden(trainer: Any, name: str) -> bool:

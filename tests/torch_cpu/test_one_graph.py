@@ -103,10 +103,9 @@ def smallest() -> int:
     trainer = Trainer()
     try:
         memplan.compile(trainer.step, budget=trainer.resident(), inner="eager")(*trainer.batches)
-    except torch._dynamo.exc.BackendCompilerFailed as e:
-        assert isinstance(e.inner_exception, DoesNotFit)
+    except DoesNotFit as e:
         torch._dynamo.reset()
-        return e.inner_exception.smallest
+        return e.smallest
     raise AssertionError("it fits into nothing")
 
 
