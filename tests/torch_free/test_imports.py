@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "backend": BELOW_API | {"api", "here", "planned_oom"},
     "testing": BELOW_API | {"", "api", "backend", "ranking", "steps"},
     "grpo": {"", "errors"},
+    "sharing": DATA | {"runtime"},
     "ranking": BELOW_API,
     "here": {"ir", "machines"},
     "calibrate": DATA | {"here", "machines", "runtime"},
