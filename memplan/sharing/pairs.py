@@ -23,7 +23,8 @@ Fitted = tuple[Pair, Image | None]
 
 
 def fit_all(model: nn.Module, form: Form, tolerance: float, kinds: Kinds | None, layers: str | None) -> list[Fitted]:
-    """Every candidate, with its image where one is smaller than the target and may be under the tolerance."""
+    """Every candidate, on each side where Q is smaller than the target, with its image where it may be under the
+    tolerance. What cannot be is there once, with the reason."""
     if not isinstance(form, (Householder, Blocks)):
         raise MemplanError(f"{form!r} is no form of Q: give Householder(reflectors) or Blocks(size)")
     found = candidates(model, kinds, layers)
@@ -31,12 +32,17 @@ def fit_all(model: nn.Module, form: Form, tolerance: float, kinds: Kinds | None,
     if not any(sides for sides, _ in room.values()):
         name, (_, why) = max(room.items(), key=lambda item: "values" in item[1][1])
         raise MemplanError(f"{form} saves nothing, here of {name}: {why}; make Q smaller")
-    return [
-        fit(form, tolerance, source, target, *room[target.name])
-        if fitting
-        else (_pair(form, source, target, f"{list(source.shape)} and {list(target.shape)} do not fit"), None)
-        for source, target, fitting in found
-    ]
+    fitted: list[Fitted] = []
+    for source, target, fitting in found:
+        sides, why = room.get(target.name, ({}, "")) if fitting else ({}, "")
+        if not fitting:
+            why = f"{list(source.shape)} and {list(target.shape)} do not fit"
+        elif sides and not (source.weight.any() and target.weight.any()):
+            sides, why = {}, "all zeros"
+        fitted += [fit(form, tolerance, source, target, right, stored) for right, stored in sides.items()]
+        if not sides:
+            fitted.append((_pair(form, source, target, why), None))
+    return fitted
 
 
 def saving_sides(form: Form, target: Matrix) -> tuple[dict[bool, int], str]:
@@ -58,32 +64,27 @@ def saving_sides(form: Form, target: Matrix) -> tuple[dict[bool, int], str]:
     return sides, max(whys, key=lambda why: "values" in why, default="")
 
 
-def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, sides: dict[bool, int], why: str) -> Fitted:
-    """The side with the smaller error. Without an image: why."""
-    p, shape = target.weight, target.shape
-    w1, w2 = source.weight.detach()[: shape[0], : shape[1]].double(), p.detach().double()
-    if not sides or not w1.any() or not w2.any():
-        return _pair(form, source, target, "all zeros" if sides else why), None
-    fitted: list[Fitted] = []
-    for right, stored in sides.items():
-        a, b = (w1.t(), w2.t()) if right else (w1, w2)
-        least = least_error(a, b)
-        pair = _pair(form, source, target, "no Q is under the tolerance")
-        pair = dataclasses.replace(pair, side="right" if right else "left", stored=stored, least=least)
-        if least <= tolerance:
-            made, error = image(a, b, form, right, p.dtype)
-            fitted.append((dataclasses.replace(pair, error=error, why=""), made.requires_grad_(p.requires_grad)))
-        else:
-            fitted.append((pair, None))
-    return min(fitted, key=lambda one: (one[1] is None, one[0].error or one[0].least))
+def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, right: bool, stored: int) -> Fitted:
+    """On one side; no image where no Q is under the tolerance."""
+    p, (rows, columns) = target.weight, target.shape
+    w1, w2 = source.weight.detach()[:rows, :columns].double(), p.detach().double()
+    w1, w2 = (w1.t(), w2.t()) if right else (w1, w2)
+    least = least_error(w1, w2)
+    pair = dataclasses.replace(
+        _pair(form, source, target, ""), side="right" if right else "left", stored=stored, least=least
+    )
+    if least > tolerance:
+        return dataclasses.replace(pair, why="no Q is under the tolerance"), None
+    made, error = image(w1, w2, form, right, p.dtype)
+    return dataclasses.replace(pair, error=error), made.requires_grad_(p.requires_grad)
 
 
 def best_pairs(pairs: Iterable[Pair]) -> list[Pair]:
     """Those that save the most bytes, no weight in two of them; of equal savings, those of the smaller errors."""
-    graph = networkx.Graph()
-    pairs = list(pairs)
-    for pair in pairs:
-        graph.add_edge(pair.source, pair.target, weight=pair.saved - (pair.error or 0) / len(pairs), pair=pair)
+    graph, pairs = networkx.Graph(), list(pairs)
+    weights = {pair: pair.saved - (pair.error or 0) / len(pairs) for pair in pairs}
+    for pair in sorted(pairs, key=lambda pair: weights[pair]):  # of two sides, the better one stays
+        graph.add_edge(pair.source, pair.target, weight=weights[pair], pair=pair)
     return [graph.edges[edge]["pair"] for edge in networkx.max_weight_matching(graph)]
 
 

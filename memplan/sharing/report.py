@@ -18,7 +18,7 @@ ROWS = 24  # of the table
 
 @dataclass(frozen=True)
 class Pair:
-    """`target` is, or would be, c Q `source`, or c `source` Q.
+    """`target` is, or would be, c Q `source` (left) or c `source` Q (right): one entry for each side.
 
     `shape`: the target's; Q acts on the source's first rows and columns of that shape. `error`: |target - image| /
     |target|, Frobenius, as stored; None where it was not looked for. `least`: what the best orthogonal Q leaves, in

@@ -3,7 +3,7 @@
 In: a model whose layers have matrices. Out: the same model, in which the target of a merged pair is the source's own
 Parameter, parametrized (torch.nn.utils.parametrize): reading `weight` computes c Q W1 anew, compiled or not, and
 gradients go to W1, Q and c. Its own storage is gone. Everything is fitted before anything is changed.
-A weight is in one pair at most, so a source is never a target. Pairs are chosen to save the most bytes.
+A weight is in one pair at most, and pairs are chosen to save the most bytes.
 In state_dict() a target is "parametrizations.weight.original", the source once more, and "parametrizations.weight.0.*".
 """
 

@@ -243,14 +243,14 @@ def test_query_with_the_next_layers_key(right):
 def test_the_larger_one_is_the_source():
     """A key before a query."""
     report = survey(llama(2, kv=2), form=Householder(3), kinds=[("k_proj", "q_proj")])
-    (pair,) = report.pairs
+    pair, _ = report.pairs
     assert (pair.source, pair.target) == (layer(1, "self_attn.q_proj"), layer(0, "self_attn.k_proj"))
 
 
 def test_most_bytes_of_all_choices():
     """Against every set of pairs in which no weight is twice."""
     pairs = survey(llama(3), form=Householder(4), kinds=[("self_attn.*", "self_attn.*")], layers="model.layers").pairs
-    pairs = sorted(pairs, key=lambda p: p.target)[::2][:12]
+    pairs = sorted(pairs, key=lambda p: (p.target, p.error))[::4][:12]
 
     def apart(some) -> bool:
         names = [name for p in some for name in (p.source, p.target)]
@@ -412,7 +412,7 @@ def test_no_layers():
 
 def test_layers_may_be_named():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    assert len(survey(net, form=Blocks(), layers="", kinds=[("*", "*")]).pairs) == 1
+    assert len(survey(net, form=Blocks(), layers="", kinds=[("*", "*")]).pairs) == 2  # sides
 
 
 def test_names_that_match_nothing():
