@@ -20,6 +20,7 @@ from memplan.sharing.layers import Kinds, Matrix, candidates
 from memplan.sharing.report import Pair
 
 Fitted = tuple[Pair, Image | None]
+ROUNDING = 1e-6  # by so much an error as stored may be below the least one
 
 
 def fit_all(model: nn.Module, form: Form, tolerance: float, kinds: Kinds | None, layers: str | None) -> list[Fitted]:
@@ -73,7 +74,7 @@ def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, right: boo
     pair = dataclasses.replace(
         _pair(form, source, target, ""), side="right" if right else "left", stored=stored, least=least
     )
-    if least > tolerance:
+    if least > tolerance + ROUNDING:
         return dataclasses.replace(pair, why="no Q is under the tolerance"), None
     made, error = image(w1, w2, form, right, p.dtype)
     return dataclasses.replace(pair, error=error), made.requires_grad_(p.requires_grad)

@@ -217,6 +217,17 @@ def test_bytes_are_saved_and_errors_are_as_reported(form):
     assert all(any(pair.target in line for line in lines) for pair in report.merged)
 
 
+@pytest.mark.parametrize("form", [Blocks(), Blocks(8)], ids=str)
+def test_what_a_survey_says_is_what_a_tolerance_gives(form):
+    """At each of its errors, to the last bit."""
+    model = llama(2)
+    found = survey(model, form=form)
+    for tolerance in sorted(pair.error for pair in found.pairs)[::4]:
+        expected = best_pairs(pair for pair in found.pairs if pair.error <= tolerance)
+        report = share_lossy(copy.deepcopy(model), form=form, tolerance=tolerance)
+        assert sum(p.saved for p in report.merged) == sum(p.saved for p in expected) > 0
+
+
 def test_nothing_is_merged_over_the_tolerance():
     model = llama()
     loss = loss_of(model)
