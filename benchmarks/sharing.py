@@ -206,10 +206,12 @@ def planted(seed: int) -> dict[str, float]:
     """Odd layers are images of the even ones by 8 reflections, and noise of 1 %: merged under a tolerance of 2 %."""
     torch.manual_seed(seed)
     model = llama()
-    for pair in survey(model, form=Blocks(), kinds=list(zip(KINDS, KINDS, strict=True))).pairs:
-        source, target = (model.get_parameter(name).data for name in (pair.source, pair.target))
-        if pair.side == "left" and (".layers.1." in pair.target or ".layers.3." in pair.target):
-            q = Householder(8).blank(pair.shape[0], source.dtype, source.device)
+    weights = [(name, p.data) for name, p in model.named_parameters() if name.split(".")[-2] in KINDS]
+    for name, target in weights:
+        if ".layers.1." in name or ".layers.3." in name:
+            number = int(name.split(".")[2])
+            source = model.get_parameter(name.replace(f".{number}.", f".{number - 1}.")).data
+            q = Householder(8).blank(len(source), source.dtype, source.device)
             torch.nn.init.normal_(q.vectors)
             image = q(source).detach()
             target.copy_(image + 0.01 * image.square().mean().sqrt() * torch.randn_like(image))
