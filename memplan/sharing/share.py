@@ -69,11 +69,11 @@ def share_as(model: nn.Module, report: Report) -> nn.Module:
         for name in (pair.source, pair.target):
             if name not in parameters:
                 raise MemplanError(f"the model has no parameter {name!r}, which the report has: is it another model?")
-        small = any(s < t for s, t in zip(parameters[pair.source].shape, pair.shape, strict=True))
-        if parameters[pair.target].shape != pair.shape or small:
+        source, target = (list(parameters[name].shape) for name in (pair.source, pair.target))
+        if target != list(pair.shape) or any(s < t for s, t in zip(source, target, strict=True)):
             raise MemplanError(
-                f"{pair.target} is {list(parameters[pair.target].shape)}, of {list(parameters[pair.source].shape)}, and "
-                f"{list(pair.shape)} in the report: is it another model?"
+                f"{pair.target} is {target}, with {pair.source} {source}, and {list(pair.shape)} in the report: is it "
+                "another model?"
             )
     for pair in report.merged:
         p, right = parameters[pair.target], pair.side == "right"
