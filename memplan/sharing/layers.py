@@ -37,6 +37,11 @@ class Matrix:
         rows, columns = self.weight.shape
         return rows, columns
 
+    @property
+    def described(self) -> str:
+        """Shape, dtype and device."""
+        return f"{list(self.shape)} {str(self.weight.dtype).removeprefix('torch.')} {self.weight.device}"
+
 
 def candidates(
     model: nn.Module, kinds: Kinds | None = None, layers: str | None = None
@@ -65,8 +70,8 @@ def candidates(
     if not any(fit for *_, fit in pairs):
         a, b, _ = pairs[0]
         raise MemplanError(
-            f"no shapes fit, as of {a.name}, {list(a.shape)}, and {b.name}, {list(b.shape)}: one has to have at least "
-            "the other's rows and columns"
+            f"no two fit, as {a.name}, {a.described}, and {b.name}, {b.described}: one has to have at least the "
+            "other's rows and columns, and its dtype and device"
         )
     return pairs
 
@@ -125,8 +130,10 @@ def asked(kinds: Kinds | None, known: Sequence[str]) -> set[tuple[str, str]]:
 
 
 def fits(source: Matrix, target: Matrix) -> bool:
-    """Whether the source has as many rows and columns."""
-    return all(s >= t for s, t in zip(source.shape, target.shape, strict=True))
+    """Whether the source has as many rows and columns, in the same dtype and place."""
+    s, t = source.weight, target.weight
+    enough = all(a >= b for a, b in zip(source.shape, target.shape, strict=True))
+    return enough and (s.dtype, s.device) == (t.dtype, t.device)
 
 
 def ordered(a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:

@@ -35,10 +35,8 @@ def fit_all(model: nn.Module, form: Form, tolerance: float, kinds: Kinds | None,
         raise MemplanError(f"{form} saves nothing, here of {name}: {why}; make Q smaller")
     fitted: list[Fitted] = []
     for source, target, fitting in found:
-        sides, why = room.get(target.name, ({}, "")) if fitting else ({}, "")
-        if not fitting:
-            why = f"{list(source.shape)} and {list(target.shape)} do not fit"
-        elif sides and not (source.weight.any() and target.weight.any()):
+        sides, why = room[target.name] if fitting else ({}, f"{source.described} and {target.described} do not fit")
+        if sides and not (source.weight.any() and target.weight.any()):
             sides, why = {}, "all zeros"
         fitted += [fit(form, tolerance, source, target, right, stored) for right, stored in sides.items()]
         if not sides:
