@@ -229,6 +229,12 @@ def test_bytes_are_saved_and_errors_are_as_reported(form):
     assert all(any(pair.target in line for line in lines) for pair in report.merged)
 
 
+def test_bytes_are_those_of_storages():
+    net, both = nn.Module(), torch.randn(4, 4)
+    net.one, net.other = nn.Parameter(both[:1]), nn.Parameter(both[2:])
+    assert held(net) == both.nbytes
+
+
 @pytest.mark.parametrize("form", [Blocks(), Blocks(8)], ids=str)
 def test_what_a_survey_says_is_what_a_tolerance_gives(form):
     """At each of its errors, to the last bit."""
