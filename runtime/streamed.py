@@ -117,7 +117,7 @@ def unstream(module: nn.Module) -> nn.Module:
             if len(chain) == 1 and isinstance(chain[0], Fetched):
                 streamed.append((name, chain[0].device, chain.original))
         if streamed:
-            _own_class(owner)
+            own_class(owner)
         for name, device, p in streamed:
             parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
             there = torch.empty_like(p, device=device).copy_(p.detach())
@@ -125,7 +125,7 @@ def unstream(module: nn.Module) -> nn.Module:
     return module
 
 
-def _own_class(owner: nn.Module) -> None:
+def own_class(owner: nn.Module) -> None:
     """Copies of a module share the class that parametrize made for it, from which a property is about to go."""
     shared = type(owner)
     parts = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "hf": {"", "errors", "here", "ir", "options"},
     "testing": BELOW_API | {"", "api", "backend", "ranking", "steps"},
     "grpo": {"", "errors", "hf"},
+    "sharing": DATA | {"runtime"},
     "ranking": BELOW_API,
     "here": {"ir", "machines"},
     "calibrate": DATA | {"here", "machines", "runtime"},
