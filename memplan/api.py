@@ -139,17 +139,19 @@ def compile(
     import torch
 
     from memplan.backend import memplan_backend
-    from memplan.compiled import own_errors
+    from memplan.compiled import Asked, own_errors
 
     given = {"budget": budget, **options}
     Options.read(given, os.environ)  # what is wrong with them is said here, not at the first call
-    own = functools.partial(memplan_backend)  # equal to no other: Dynamo would run graphs of one step in another's
+    own = Asked(memplan_backend)  # equal to no other: Dynamo would run graphs of one step in another's
     compiled = torch.compile(step, backend=own, options=given, fullgraph=fullgraph, dynamic=dynamic)
 
     @functools.wraps(step if hasattr(step, "__name__") else type(step).__call__)
     def run(*args: Any, **kwargs: Any) -> Any:
         with own_errors(), torch._dynamo.config.patch(trace_autograd_ops=True):
-            return compiled(*args, **kwargs)
+            out = compiled(*args, **kwargs)
+        own.refuse_unplanned(f"the step {getattr(run, '__name__', '')}")
+        return out
 
     return run
 

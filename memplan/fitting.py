@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memplan.api import plan
 from memplan.backend import memplan_backend
-from memplan.compiled import own_errors
+from memplan.compiled import Asked, of_its_own, own_errors
 from memplan.errors import MemplanError, did_you_mean
 from memplan.ir import Budget, Plan
 from memplan.options import Options
@@ -73,8 +73,8 @@ def fit(
     shown = _Shown(show)
     if batch is not None:
         shown.first(_planned(model, batch, names, {k: v for k, v in given.items() if k not in NOT_PLANNED}))
-    backend = functools.partial(memplan_backend, adopted=shown.adopted)
-    compiled = torch.compile(_outputs, backend=backend, options=given)
+    backend = Asked(functools.partial(memplan_backend, adopted=shown.adopted))
+    compiled = torch.compile(of_its_own(_outputs), backend=backend, options=given)
     dimensions = [DIMENSIONS[name] for name, _ in read.limits]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -86,6 +86,7 @@ def fit(
                 torch._dynamo.maybe_mark_dynamic(leaf, dimensions)
         with own_errors():
             out, left_out = compiled(model, names, args, kwargs)
+        backend.refuse_unplanned(f"this {type(model).__name__}")
         return out if left_out is None else Outputs(out, names, left_out)
 
     call.memplan_fitted = True  # type: ignore[attr-defined]
@@ -101,13 +102,17 @@ def unfit(model: Module) -> Module:
     return model
 
 
+class NotKept(MemplanError, AttributeError):
+    """An output that was left out; hasattr finds that it is not there."""
+
+
 class Outputs(dict[str, Any]):
     """What a training call of a fitted model returns: `loss`, and what `keep` names.
 
     It is read as transformers' outputs are, by attribute, key or position.
     """
 
-    def __init__(self, kept: Mapping[str, Any], asked: tuple[str, ...], left_out: tuple[str, ...]) -> None:
+    def __init__(self, kept: Mapping[str, Any], asked: tuple[str, ...] = (), left_out: tuple[str, ...] = ()) -> None:
         super().__init__(kept)
         self._left_out = left_out
         for name in asked:
@@ -141,7 +146,7 @@ class Outputs(dict[str, Any]):
         return self[key] if key in self or key in self._left_out else default
 
     def _refuse(self, what: str) -> NoReturn:
-        raise MemplanError(
+        raise NotKept(
             f"{what} of the output is not there: a training call of a fitted model returns its loss alone, and leaves "
             f"out {', '.join(self._left_out)}; keep what you need, memplan.fit(model, keep={self._left_out[0]!r}), or "
             "call the model under torch.no_grad(), where it returns everything"
@@ -167,12 +172,14 @@ def _planned(model: nn.Module, batch: Any, keep: tuple[str, ...], options: Mappi
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (((batch,) if single else tuple(batch)), {})
 
     def step(args: Any, kwargs: Any) -> Any:
-        out, _ = _outputs(model, keep, args, kwargs)
+        out, left_out = _outputs(model, keep, args, kwargs)
+        if left_out is not None:
+            Outputs(out, keep, left_out)  # refuses what keep names and is not there
         leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
         return leaves[0] if len(leaves) == 1 else leaves
 
     step.__name__ = type(model).__name__
-    with _in_training(model):
+    with _in_training(model), torch.enable_grad():
         return plan(step, args, kwargs, **options)
 
 

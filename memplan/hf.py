@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 import memplan
+from memplan.compiled import of_its_own
 from memplan.errors import MemplanError
 from memplan.here import this_machine
 from memplan.ir import Budget
@@ -51,12 +52,13 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
     _check(trainer)
     any_trainer: Any = trainer
     compute_loss = any_trainer.compute_loss
-    compiled = memplan.compile(_loss, budget=_room(any_trainer, budget, options), **options)
+    compiled = memplan.compile(of_its_own(_loss), budget=_room(any_trainer, budget, options), **options)
     dimensions = [DIMENSIONS[name] for name in options.get("limits") or ()]
 
     def planned_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return compute_loss(model, inputs, *args, **kwargs)
+        planned_loss.asked = True  # type: ignore[attr-defined]
         for value in inputs.values() if dimensions else ():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, dimensions)
@@ -66,8 +68,24 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
 
     without_checkpointing(any_trainer)
     any_trainer.compute_loss = planned_loss
+    any_trainer.add_callback(_asked(planned_loss))
     any_trainer.memplan_planned = True
     return trainer
+
+
+def _asked(planned_loss: Any) -> Any:
+    """A callback that looks whether the trainer's steps come through its compute_loss."""
+    from transformers import TrainerCallback
+
+    class Asked(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if not hasattr(planned_loss, "asked"):
+                raise MemplanError(
+                    "nothing of this trainer's step was planned: its training_step does not call compute_loss, which "
+                    "is what planned() compiles; let it, or memplan.fit the model"
+                )
+
+    return Asked()
 
 
 def _room(trainer: Any, budget: Any, options: Mapping[str, Any]) -> Budget:

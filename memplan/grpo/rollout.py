@@ -28,6 +28,11 @@ class Rollout:
     completions: tuple[str, ...]
     rewards: Tensor
 
+    @property
+    def teaches(self) -> float:
+        """The share of completions that have an advantage: where a whole group has one reward, none has."""
+        return float((self.batch["advantages"] != 0).float().mean())
+
 
 def rollout(
     model: Any,
@@ -38,13 +43,14 @@ def rollout(
     max_new_tokens: int = 16,
     length: int | None = None,
     temperature: float = 1.0,
+    shaping: float = 0.2,
     seed: int = 0,
 ) -> Rollout:
     """Sample `group_size` completions for every task with model.generate (transformers) and score them.
 
     The batch has B = len(tasks) * group_size rows, a task's completions side by side, padded on the right to
     T = `length` tokens (default: the longest prompt plus max_new_tokens). It holds no ref_logprobs: they are
-    token_logprobs(reference, batch["input_ids"], temperature) under no_grad.
+    token_logprobs(reference, batch["input_ids"], temperature) under no_grad. shaping: as of Task.reward.
 
     Token ids beyond the tokenizer's (a vocabulary padded to a round size) are never sampled. The policy's log-probs
     do count them, so there the sampler and the policy differ slightly; old and new log-probs do not.
@@ -77,7 +83,7 @@ def rollout(
     completions = [row[: row.index(tokenizer.eos) + 1] if tokenizer.eos in row else row
                    for row in sampled[:, longest:].tolist()]  # fmt: skip
 
-    rolled = score(tasks, tokenizer, completions, length=length)
+    rolled = score(tasks, tokenizer, completions, length=length, shaping=shaping)
     batch = {name: value.to(device) for name, value in rolled.batch.items()}
     with torch.no_grad():  # in the mode the step will run in, so that the first ratio is 1
         batch["old_logprobs"] = token_logprobs(model, batch["input_ids"], temperature)
@@ -91,11 +97,13 @@ def score(
     logprobs: Sequence[Sequence[float]] | None = None,
     *,
     length: int,
+    shaping: float = 0.2,
 ) -> Rollout:
     """Completions from anywhere, as an inference engine, scored and packed into a batch on the CPU.
 
     completions: token ids, as many for each task, a task's side by side. logprobs: of their tokens, in nats, as they
-    were sampled; with them the batch holds old_logprobs [B, T-1], 0 where no completion is. T = length.
+    were sampled; with them the batch holds old_logprobs [B, T-1], 0 where no completion is. T = length. shaping: as of
+    Task.reward.
     Raises MemplanError where a row is longer than that, or tasks and completions do not go together.
     """
     group_size, rest = divmod(len(completions), len(tasks))
@@ -116,7 +124,7 @@ def score(
         if logprobs is not None:
             old[row, len(prompt) - 1 : end - 1] = torch.tensor(logprobs[row])
     texts = tuple(map(tokenizer.decode, completions))
-    rewards = torch.tensor([tasks[row // group_size].reward(text) for row, text in enumerate(texts)])
+    rewards = torch.tensor([tasks[row // group_size].reward(text, shaping) for row, text in enumerate(texts)])
     batch = {"input_ids": input_ids, "completion_mask": mask, "advantages": group_advantages(rewards, group_size)}
     return Rollout(batch if logprobs is None else batch | {"old_logprobs": old}, texts, rewards)
 

@@ -1,11 +1,22 @@
 """What tests that compile steps share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from memplan.ir import Plan
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_share_of_the_cores() -> Iterator[None]:
+    """For each worker of pytest -n, and for what it starts: threads of several would mostly wait for each other."""
+    threads = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "OMP_NUM_THREADS", str(threads))
+        yield
 
 
 @pytest.fixture

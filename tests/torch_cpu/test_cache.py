@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 POLICY = """
 from memplan import Keep, Recompute
 
@@ -57,14 +59,14 @@ def run(folder: Path, how: str) -> dict[str, Any]:
     return found
 
 
-def test_two_processes_and_an_edited_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["pair", "whole"])
+def test_two_processes_and_an_edited_policy(tmp_path: Path, how: str) -> None:
     (tmp_path / "step.py").write_text(STEP)
-    for how in ("pair", "whole"):
-        (tmp_path / "mine.py").write_text(POLICY.format(choice="Keep()"))
-        cold, warm = run(tmp_path, how), run(tmp_path, how)
-        assert cold["misses"] > 0 and cold["hits"] == 0
-        assert warm["hits"] > 0 and warm["misses"] == 0
-        assert [warm[k] for k in ("peak", "again", "moments")] == [cold[k] for k in ("peak", "again", "moments")]
-        (tmp_path / "mine.py").write_text(POLICY.format(choice="Recompute()"))
-        edited = run(tmp_path, how)
-        assert cold["again"] == 0 < edited["again"]
+    (tmp_path / "mine.py").write_text(POLICY.format(choice="Keep()"))
+    cold, warm = run(tmp_path, how), run(tmp_path, how)
+    assert cold["misses"] > 0 and cold["hits"] == 0
+    assert warm["hits"] > 0 and warm["misses"] == 0
+    assert [warm[k] for k in ("peak", "again", "moments")] == [cold[k] for k in ("peak", "again", "moments")]
+    (tmp_path / "mine.py").write_text(POLICY.format(choice="Recompute()"))
+    edited = run(tmp_path, how)
+    assert cold["again"] == 0 < edited["again"]

@@ -97,7 +97,7 @@ def test_what_is_said_to_be_left_is_left_until_the_end(inner: str, megabytes: in
     ("inner", "rows"),
     [
         ("eager", [4096, 4000, 1000, 3000, 4090]),
-        ("inductor", [4096, 4000, 1000, 3000, 4090]),
+        pytest.param("inductor", [4096, 4000, 1000, 3000, 4090], marks=pytest.mark.slow),
         ("eager", [1000, 900, 4096, 800, 4090]),
     ],
 )

@@ -325,3 +325,49 @@ def test_checkpointing_is_refused_whenever_it_is_switched_on():
     model.activation_checkpointing_enable()
     with pytest.raises(MemplanError, match="gradient checkpointing on"):
         model(**BATCH)
+
+
+class Recurrent(nn.Module):
+    """What Dynamo does not trace, and says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0].sum()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo asks
+def test_a_model_that_dynamo_leaves_alone_is_named_and_spoils_no_other():
+    x = torch.ones(3, 2, 4)
+    model = memplan.fit(Recurrent(), budget=AMPLE, show=None, **PLANNED)
+    step = memplan.compile(lambda: Recurrent()(x).backward(), budget=AMPLE, **PLANNED)
+    for call, what in ((lambda: model(x), "this Recurrent"), (step, "the step <lambda>")):
+        with pytest.raises(MemplanError, match=f"nothing of {what} was planned: Dynamo left it as it is"):
+            call()
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(DoesNotFit):  # planned, and so refused
+        memplan.fit(nn.Linear(4, 4), budget=1, show=None, **PLANNED)(x)
+
+
+def test_each_fitted_model_has_compilations_of_its_own(monkeypatch):
+    monkeypatch.setattr("memplan.compiled.VARIANTS", 2)
+    for width in range(1, 5):
+        memplan.fit(nn.Linear(width, 1), budget=AMPLE, show=None, **PLANNED)(torch.ones(2, width)).sum().backward()
+
+
+def test_an_lstm_is_planned_without_running_what_reads_addresses():
+    lstm = nn.LSTM(8, 8)
+    plan = memplan.plan(lambda x: lstm(x)[0].sum(), torch.ones(3, 2, 8), budget=AMPLE, **PLANNED)
+    assert plan.fits
+
+
+def test_what_keep_names_is_looked_for_in_a_batch_at_once():
+    with pytest.raises(MemplanError, match=r"keep names 'logit', which the model did not return: .*'logits'"):
+        memplan.fit(language_model(), budget=AMPLE, batch=BATCH, keep="logit", show=None, **PLANNED)
+    with torch.no_grad():
+        model = memplan.fit(language_model(), budget=AMPLE, batch=BATCH, show=None, **PLANNED)
+    out = model(**BATCH)
+    assert not hasattr(out, "logits") and type(out)({"loss": out.loss}).loss is out.loss

@@ -184,9 +184,10 @@ def test_auto_takes_it_where_it_must(made: list[memplan.Plan]) -> None:
             memplan.plan(sample.step, sample.batch, inner="eager", budget=1, **options)
         return error.value.smallest
 
-    plan = memplan.plan(sample.step, sample.batch, inner="eager", budget=smallest(tiles="auto"), tiles="auto")
+    least = smallest(tiles="auto")
+    plan = memplan.plan(sample.step, sample.batch, inner="eager", budget=least, tiles="auto")
     assert any("linear_logprob" in note for note in plan.step.notes)
-    assert plan.fits and smallest(tiles="auto") <= min(smallest(tiles=64), smallest())
+    assert plan.fits and least <= min(smallest(tiles=64), smallest())
 
 
 def test_auto_says_why_it_is_not_taken() -> None:

@@ -186,7 +186,16 @@ def test_advantages_sum_to_zero_in_each_group(scale, seed):
 
 
 def test_equal_rewards_have_no_advantage():
-    assert torch.equal(group_advantages(torch.full((4,), 0.5), 4), torch.zeros(4))
+    for reward in (0.5, 0.7, 100.1, 10000.1):
+        assert torch.equal(group_advantages(torch.full((7,), reward), 7), torch.zeros(7))
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_named(reward):
+    rewards = torch.rand(8)
+    rewards[5] = reward
+    with pytest.raises(MemplanError, match=f"reward 5 is {reward}, of completion 1 in group 1: rewards are finite"):
+        group_advantages(rewards, 4)
 
 
 @pytest.mark.parametrize("group_size", [0, 1, 3])

@@ -279,3 +279,15 @@ def test_what_is_refused(tmp_path, monkeypatch):
     planned(made)
     with pytest.raises(MemplanError, match="this trainer is planned already"):
         planned(made)
+
+
+def test_a_trainer_whose_steps_go_another_way_is_named(tmp_path):
+    class Own(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**self._prepare_inputs(inputs)).loss
+            loss.backward()
+            return loss.detach()
+
+    own = trainer(tmp_path, of=Own, max_steps=1)
+    with pytest.raises(MemplanError, match="nothing of this trainer's step was planned: its training_step does not"):
+        planned(own, budget=AMPLE, **PLANNED).train()

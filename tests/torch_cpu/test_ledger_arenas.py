@@ -246,10 +246,10 @@ def made(tmp_path: Path) -> Iterator[Callable[..., World]]:
             tenant.arena.release()
 
 
-def sequences(folder: Path) -> None:
-    """300 of them: six transitions each, of which three go wrong."""
+def sequences(folder: Path, count: int) -> None:
+    """Six transitions each, of which three go wrong."""
     world = World(folder, 2**20, real=True)
-    for seed in range(300):
+    for seed in range(count):
         draw = random.Random(seed)
         world.ledger.transitions.clear()  # they grow, and count
         try:
@@ -270,13 +270,14 @@ def sequences(folder: Path) -> None:
     print("all")
 
 
-def test_300_sequences_of_phases_with_anything_failing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_sequences_of_phases_with_anything_failing(tmp_path: Path, count: int) -> None:
     """In a process of its own, whose resident memory is nobody else's."""
     code = "import pathlib, sys, torch; torch.set_num_threads(1)\n"
-    code += "from tests.torch_cpu.test_ledger_arenas import sequences; sequences(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    code += "from tests.torch_cpu.test_ledger_arenas import sequences\n"
+    code += "sequences(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    command = [sys.executable, "-c", code, str(tmp_path), str(count)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "all\n", done.stderr
 
 

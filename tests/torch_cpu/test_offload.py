@@ -239,7 +239,11 @@ def test_a_step_in_two_graphs(made) -> None:
     assert arena("host").used == 0
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("llama", "unet")], ids=str)
+UNDER_INDUCTOR = [pytest.param(c, id=str(c)) for c in CASES if str(c) == "llama"]
+UNDER_INDUCTOR += [pytest.param(c, id=str(c), marks=pytest.mark.slow) for c in CASES if str(c) == "unet"]
+
+
+@pytest.mark.parametrize("case", UNDER_INDUCTOR)
 def test_under_inductor(case, made) -> None:
     """As generated, to the byte, attention and convolutions included. (Errors: benchmarks/inductor_gradients.py.)"""
     sample = case.make()

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "backend": BELOW_API | {"api", "here", "planned_oom"},
     "compiled": {"errors"},
     "fitting": BELOW_API | {"api", "backend", "compiled"},
-    "hf": {"", "errors", "here", "ir", "options"},
+    "hf": {"", "compiled", "errors", "here", "ir", "options"},
     "testing": BELOW_API | {"", "api", "backend", "ranking", "steps"},
     "grpo": {"", "errors", "hf"},
     "sharing": DATA | {"runtime"},
