@@ -126,7 +126,13 @@ def least(net: nn.Module, inner: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("network", "inner"), [(Straight, "eager"), (Straight, "inductor"), (Looped, "eager"), (Skipped, "inductor")]
+    ("network", "inner"),
+    [
+        (Straight, "eager"),
+        (Straight, "inductor"),
+        (Looped, "eager"),
+        pytest.param(Skipped, "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_the_budget_is_the_whole_steps(network, inner, made) -> None:
     net, x = network(), rows()

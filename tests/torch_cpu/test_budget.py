@@ -76,8 +76,15 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("name", ["llama", "unet"])
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("llama", "eager"),
+        ("llama", "inductor"),
+        ("unet", "eager"),
+        pytest.param("unet", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_below_checkpointing_by_hand(name, inner, tmp_path) -> None:
     by_hand = checkpointed_by_hand(name)
     bar = measured(by_hand, torch.compile(by_hand.step, backend=UNPLANNED[inner]))

@@ -95,8 +95,15 @@ def least(kind: type[nn.Module], inner: str) -> int:
     raise AssertionError("asked for more ten times")
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("kind", [Middle, Head])
+@pytest.mark.parametrize(
+    ("kind", "inner"),
+    [
+        (Middle, "eager"),
+        pytest.param(Middle, "inductor", marks=pytest.mark.slow),
+        (Head, "eager"),
+        (Head, "inductor"),
+    ],
+)
 def test_the_budget_holds_with_what_is_outside(kind, inner, made) -> None:
     loss, x, net = CASES[kind], rows(), kind()
     unplanned = torch.compile(net, backend="aot_eager")

@@ -61,7 +61,10 @@ def smallest(sample: Sample, tokens: int, inner: str) -> int:
     return refused.value.smallest
 
 
-@pytest.mark.parametrize("limits", [{}, {"tokens": LENGTHS[1]}], ids=["unknown lengths", "limits"])
+@pytest.mark.parametrize(
+    "limits",
+    [pytest.param({}, id="unknown lengths"), pytest.param({"tokens": LENGTHS[1]}, id="limits", marks=pytest.mark.slow)],
+)
 def test_lengths_in_any_order_under_eager(limits, monkeypatch) -> None:
     sample, made = LLAMA.make(), plans(monkeypatch)
     budget = int(1.05 * smallest(sample, LENGTHS[1], "eager"))
