@@ -54,11 +54,12 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
     compute_loss = any_trainer.compute_loss
     compiled = memplan.compile(of_its_own(_loss), budget=_room(any_trainer, budget, options), **options)
     dimensions = [DIMENSIONS[name] for name in options.get("limits") or ()]
+    watch = _watch()
 
     def planned_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return compute_loss(model, inputs, *args, **kwargs)
-        planned_loss.asked = True  # type: ignore[attr-defined]
+        watch.asked = True
         for value in inputs.values() if dimensions else ():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, dimensions)
@@ -68,24 +69,26 @@ def planned(trainer: Trainer, *, budget: Any = None, **options: Any) -> Trainer:
 
     without_checkpointing(any_trainer)
     any_trainer.compute_loss = planned_loss
-    any_trainer.add_callback(_asked(planned_loss))
+    any_trainer.add_callback(watch)
     any_trainer.memplan_planned = True
     return trainer
 
 
-def _asked(planned_loss: Any) -> Any:
-    """A callback that looks whether the trainer's steps come through its compute_loss."""
+def _watch() -> Any:
+    """A callback that looks whether the trainer's steps come through its compute_loss, which says so in `asked`."""
     from transformers import TrainerCallback
 
-    class Asked(TrainerCallback):
+    class Watch(TrainerCallback):
+        asked = False
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            if not hasattr(planned_loss, "asked"):
+            if not self.asked:
                 raise MemplanError(
                     "nothing of this trainer's step was planned: its training_step does not call compute_loss, which "
                     "is what planned() compiles; let it, or memplan.fit the model"
                 )
 
-    return Asked()
+    return Watch()
 
 
 def _room(trainer: Any, budget: Any, options: Mapping[str, Any]) -> Budget:

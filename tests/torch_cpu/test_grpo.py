@@ -1,6 +1,7 @@
 """The GRPO room against float64 formulas and closed forms: losses, KL estimators, the step, tasks and rollouts."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -186,8 +187,11 @@ def test_advantages_sum_to_zero_in_each_group(scale, seed):
 
 
 def test_equal_rewards_have_no_advantage():
-    for reward in (0.5, 0.7, 100.1, 10000.1):
-        assert torch.equal(group_advantages(torch.full((7,), reward), 7), torch.zeros(7))
+    for count, reward, dtype in itertools.product(
+        (3, 7, 8), (0.1, 0.7, 100.1, 10000.1), (torch.float32, torch.float64)
+    ):
+        rewards = torch.full((count,), reward, dtype=dtype)
+        assert torch.equal(group_advantages(rewards, count), torch.zeros(count))
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
