@@ -82,8 +82,9 @@ class Incoming:
         self.thread.ask(asked)
         answer = asked.answer.get()
         self._limit = limit  # not before: who is interrupted asks again
-        if isinstance(answer, Exception):
-            raise MemplanError(f"memory that came early does not leave: {answer}") from answer
+        if isinstance(answer, BaseException):
+            why = f"{type(answer).__name__}: {answer}"
+            raise MemplanError(f"memory that came early does not leave: {why}") from answer
         return answer
 
 
@@ -95,12 +96,12 @@ class _Asked:
 
     limit: int
     tenants: Sequence[tuple[Early, int]] | None = None
-    answer: queue.SimpleQueue[int | Exception] = field(default_factory=queue.SimpleQueue)
+    answer: queue.SimpleQueue[int | BaseException] = field(default_factory=queue.SimpleQueue)
 
 
 class _Thread:
     """Does what it is asked, and meanwhile brings in what is missing, where the device has room: what a step has freed
-    may not have left it. It does not keep Incoming alive.
+    may not have left it. It does not keep Incoming alive. Whatever it is hit by, it answers: somebody waits.
     """
 
     def __init__(self, spare: Callable[[], int]) -> None:
@@ -134,12 +135,12 @@ class _Thread:
             if self._spare() < size - self.there:
                 return PAUSE
             self._have(size)
-        except Exception as error:
+        except BaseException as error:
             self.failed, self.limit = f"{type(error).__name__}: {error}", self.there
             log.warning("no more comes early: %s", self.failed)
         return 0.0
 
-    def _done(self, asked: _Asked) -> int | Exception:
+    def _done(self, asked: _Asked) -> int | BaseException:
         came = self.there
         if asked.tenants is not None:
             self._tenants, self.failed = asked.tenants, ""
@@ -148,7 +149,7 @@ class _Thread:
         try:
             if self.there > self.limit:
                 self._have(self.limit)
-        except Exception as error:
+        except BaseException as error:
             return error
         return came
 

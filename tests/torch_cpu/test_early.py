@@ -17,6 +17,7 @@ from memplan.ir import Budget, Plan, Timeline
 from memplan.passes.marks import needed_after
 from memplan.runtime import room
 from memplan.runtime.arena import Arena
+from memplan.runtime.early import Incoming
 from memplan.runtime.ledger import Ledger
 from memplan.runtime.tenants import ArenaTenant
 
@@ -364,3 +365,36 @@ def test_pages_that_do_not_come_are_brought_by_the_transition(tmp_path: Path) ->
     with ledger.phase("rollout"):
         assert cache.resident == 32 * MIB
     ledger.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_who_waits_is_answered_whatever_the_thread_is_hit_by(error: type[BaseException]) -> None:
+    """While it brings, of which nobody knows until `settle`, and while it takes away, for which somebody waits."""
+
+    class Hit:
+        def __init__(self) -> None:
+            self.sizes, self.at = list[int](), -1
+
+        def prefetch(self, size: int) -> None:
+            self.sizes.append(size)
+            if size == self.at:
+                raise error("boom")
+
+    tenant = Hit()
+    incoming = Incoming(lambda: BUDGET)
+    incoming.want([(tenant, 32 * MIB)])
+    thread = incoming.thread._thread
+    tenant.at = 16 * MIB
+    incoming.begun("step", (32 * MIB,))
+    incoming.passed("step", 0)
+    while 16 * MIB not in tenant.sizes:
+        time.sleep(0.001)
+    assert incoming.settle() == 16 * MIB  # at most: a piece may be half there
+    assert incoming.thread.failed == "" and max(tenant.sizes) == 16 * MIB
+
+    tenant.at = 0
+    with pytest.raises(MemplanError, match=f"memory that came early does not leave: {error.__name__}: boom"):
+        incoming.want([(tenant, 32 * MIB)])
+    tenant.at = -1
+    incoming.want([(tenant, 32 * MIB)])
+    assert incoming.thread._thread is thread and thread is not None and thread.is_alive()
