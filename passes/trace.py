@@ -88,7 +88,7 @@ def traced(
     given = (*map(str, symbols), *(f"batch[{i}]" for i in range(len(inputs))))
     names = (*(_name(modules, key) for key in state), *given)
     parameters = [t for t in state.values() if isinstance(t, nn.Parameter)]
-    held = Watch(optimizer).held(parameters)
+    held = Watch(optimizer, measures=False).held(parameters)
     partitioner = dataclasses.replace(partitioner, names=names, held=held, title=_title(step))
     if partitioner.measure and any(t.is_meta for t in [*state.values(), *(leaves[i] for i in inputs)]):
         note = "the step is on the meta device, so no op was run here: the memory inside ops is left out"

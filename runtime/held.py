@@ -2,7 +2,8 @@
 
 In: the parameters of a step. Out: bytes by kind, and what the optimizer's step takes beside them. Gradients appear with
 the first backward, so they are looked at before every run. States appear with the first optimizer step: those of an
-optimizer that is there, or declared, count from the start, where they can be foreseen (optimizers.py).
+optimizer that is there, or declared, count from the start, where they can be foreseen (optimizers.py). What its step
+takes does too, or once it has been seen (stepped.py). Bytes are those of storages on the parameters' device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from memplan.errors import MemplanError
 from memplan.ir import Gap, Held, Kind
 from memplan.runtime import optimizers
 from memplan.runtime.optimizers import Foreseen, declared, foresee
+from memplan.runtime.stepped import Stepped
+from memplan.runtime.storages import nbytes
 
+FORESEEN = ("torch.", "memplan.", *optimizers.STATES_ALONE)  # others' may do anything in their step
+OTHERS = "what {} will hold is not known before its first step: it counts from the call after it"
+UNSEEN = "what {} takes beside its states is not known yet: it is measured while it runs, and counts from then on"
 LOOKS = 3  # at how many calls optimizers are looked for, until they are found: walking all objects takes up to 0.3 s
 
 
@@ -27,17 +33,19 @@ class Watch:
     """Looks at what is held, call by call. `declared`: option `optimizer`, if it was given."""
 
     declared: Any = None
+    measures: bool = True  # steps that are not foreseen, when they run
     looks: int = LOOKS
     optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
     looked_for: set[int] = field(default_factory=set)  # ids of parameters
     foreseen: tuple[Foreseen, ...] = ()
+    stepped: tuple[Stepped, ...] = ()  # those that are not foreseen, or not their step
     notes: tuple[str, ...] = ()  # what could not be foreseen
     others: bool = False  # there is an optimizer of which nothing is foreseen
 
     @property
     def known(self) -> bool:
         """Whether it is known what updates the parameters, and what its step takes."""
-        return bool(self.foreseen) and not self.notes and not self.others
+        return bool(self.foreseen) and not (self.notes or self.others or self._unseen())
 
     def updated(self) -> Iterator[torch.Tensor]:
         """The parameters of the optimizers that are there."""
@@ -53,15 +61,26 @@ class Watch:
             self.looks -= ids <= self.looked_for
             self.looked_for |= ids
             self._look(parameters)
-        grads = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        devices = {p.device.type for p in parameters}
+        grads = nbytes((p.grad for p in parameters if p.grad is not None), devices)
         own = {id(a) for a in arguments}
-        there = {id(state): state.nbytes for state in self._states()}
-        states = max(sum(there.values()), sum(f.states for f in self.foreseen))
-        states -= sum(size for key, size in there.items() if key in own)
+        there = list(self._states())
+        states = max(nbytes(there, devices), sum(f.states for f in self.foreseen))
+        states -= nbytes((state for state in there if id(state) in own), devices)
         kinds: list[tuple[Kind, int]] = [("gradient", grads), ("optimizer_state", states)]
-        most = max(self.foreseen, key=lambda f: f.transient, default=None)
-        gaps = (Gap(most.name, most.transient),) if most is not None and most.transient else ()
-        return Held(tuple((kind, size) for kind, size in kinds if size), gaps, self.notes)
+        taken = [(f.transient or 0, f.name) for f in self.foreseen] + [
+            (max(s.peaks, default=0), s.name) for s in self.stepped
+        ]
+        most, name = max(taken, default=(0, ""))
+        gaps = (Gap(name, most),) if most else ()
+        notes = (*self.notes, *(UNSEEN.format(name) for name in self._unseen()))
+        return Held(tuple((kind, size) for kind, size in kinds if size), gaps, notes)
+
+    def _unseen(self) -> list[str]:
+        """The steps of which it is not known yet what they take."""
+        if self.stepped:
+            return sorted({s.name for s in self.stepped if not s.known})
+        return [f.name for f in self.foreseen if f.transient is None]
 
     def _states(self) -> Iterator[torch.Tensor]:
         for optimizer in (ref() for ref in self.optimizers):
@@ -69,19 +88,33 @@ class Watch:
                 yield from optimizers.states(optimizer)
 
     def _look(self, parameters: Sequence[torch.Tensor]) -> None:
+        self.optimizers = optimizers.optimizers_of(parameters)
+        alive = [optimizer for ref in self.optimizers if (optimizer := ref()) is not None]
         if self.declared is not None:
             self.foreseen = (declared(self.declared, parameters),)
-        self.optimizers = optimizers.optimizers_of(parameters)
-        if self.declared is not None:
-            return
-        foreseen, notes, self.others = [], [], False
-        for optimizer in (ref() for ref in self.optimizers):
-            # Others' may do anything in their step.
-            if optimizer is not None and type(optimizer).__module__.startswith(("torch.", "memplan.")):
-                try:
-                    foreseen.append(foresee(optimizer))
-                except MemplanError as e:
-                    notes.append(str(e))
-            elif optimizer is not None:
+            unseen = alive if self.foreseen[0].transient is None else []
+        else:
+            unseen = self._foresee(alive)
+        # What is around another optimizer has no states and no hooks of its own.
+        stepped = (Stepped.of(o, look=self.measures) for o in unseen if "state" in vars(o))
+        self.stepped = tuple(s for s in stepped if s is not None)
+
+    def _foresee(self, alive: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+        """Those of which it cannot be said what their step takes."""
+        foreseen, notes, unseen, self.others = [], [], [], False
+        for optimizer in alive:
+            if not type(optimizer).__module__.startswith(FORESEEN):
                 self.others = True
+                if "state" in vars(optimizer):
+                    notes.append(OTHERS.format(type(optimizer).__name__))
+                unseen.append(optimizer)
+                continue
+            try:
+                foreseen.append(foresee(optimizer))
+                if foreseen[-1].transient is None:
+                    unseen.append(optimizer)
+            except MemplanError as e:
+                notes.append(str(e))
+                unseen.append(optimizer)
         self.foreseen, self.notes = tuple(foreseen), tuple(notes)
+        return unseen

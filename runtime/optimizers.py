@@ -5,6 +5,8 @@ A copy of it, over parameters without data (on meta), takes two steps: the first
 is counted, as long as it lives; memory inside single ops is not. The optimizer itself is not touched. One whose step
 depends on data says as what it may be run without: `extremes`, options of its groups, of which the first gives the
 states and the worst what a step takes (runtime/optim/hybrid_adamw.py).
+Of torchao's and bitsandbytes' optimizers the states are known so, and what a step takes is not: torchao compiles its
+step, and bitsandbytes' kernels allocate inside. That is measured while they step (stepped.py).
 What cannot run without data (a closure, a look at values) is known from the states that are there after the first step.
 """
 
@@ -23,35 +25,57 @@ import torch
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from memplan.errors import MemplanError, did_you_mean
+from memplan.runtime.storages import nbytes, plain
 from memplan.runtime.tally import Tally
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+STATES_ALONE = ("torchao.", "bitsandbytes.")  # of theirs, what a step allocates is not seen on meta
+DATA = (torch.Tensor, dict, list, tuple, set)
 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """`states`: bytes after the first step. `transient`: bytes beside them at the peak of a step, named `name`."""
+    """`states`: bytes after the first step. `transient`: bytes beside them at the peak of a step, named `name`, or None
+    where that is not known.
+    """
 
     states: int
-    transient: int
+    transient: int | None
     name: str
 
 
-def foresee(optimizer: torch.optim.Optimizer) -> Foreseen:
-    """What `optimizer` will need. Raises MemplanError for one that cannot step without data."""
-    kind = type(optimizer).__name__
+def foresee(optimizer: torch.optim.Optimizer, device: str = "") -> Foreseen:
+    """What `optimizer` will need where its parameters are (device: or will be). Raises MemplanError for one that cannot
+    step without data.
+    """
+    device = device or next((p.device.type for p in _parameters(optimizer)), "cpu")
+    why, cause = _unlike(optimizer, device), None
     try:
         ways: Iterable[Mapping[str, Any]] = getattr(optimizer, "extremes", ({},))
-        found = [_two_steps(optimizer, more) for more in ways]
+        found = [] if why else [_two_steps(optimizer, device, more) for more in ways]
     except Exception as e:
+        first = str(e).partition("\n")[0]
+        why, cause = f"does not step on parameters without data ({type(e).__name__}: {first})", e
+    if why:
         raise MemplanError(
-            f"{kind} does not step on parameters without data ({type(e).__name__}: {e}), so what it will hold is not "
-            "known ahead: leave option 'optimizer' out, and it counts from the call after its first step"
-        ) from e
-    return Foreseen(found[0].states, max(f.transient for f in found), found[0].name)
+            f"{type(optimizer).__name__} {why}, so what it will hold is not known ahead: leave option 'optimizer' out, "
+            "and it counts from the call after its first step"
+        ) from cause
+    worst = None if any(f.transient is None for f in found) else max(f.transient or 0 for f in found)
+    return Foreseen(found[0].states, worst, found[0].name)
 
 
-def _two_steps(optimizer: torch.optim.Optimizer, more: Mapping[str, Any]) -> Foreseen:
+def _unlike(optimizer: torch.optim.Optimizer, device: str) -> str:
+    """Why a copy over other parameters would be another optimizer: bitsandbytes' can be; empty: it is the same."""
+    manager = getattr(optimizer, "mng", None)
+    if manager is not None and (manager.pid2config or manager.module_weight_config_triple):
+        return "has options for single parameters (GlobalOptimManager)"
+    if getattr(optimizer, "is_paged", False) and device != "cpu":
+        return "has pages that CUDA's driver moves between host and device"
+    return ""
+
+
+def _two_steps(optimizer: torch.optim.Optimizer, device: str, more: Mapping[str, Any]) -> Foreseen:
     """What two steps of a copy need, whose groups have these options too."""
     new = _hollow(optimizer)
     fused = any(group.get("fused") for group in new.param_groups)
@@ -62,14 +86,21 @@ def _two_steps(optimizer: torch.optim.Optimizer, more: Mapping[str, Any]) -> For
             group.update(fused=False, foreach=False)
     step, peaks = inspect.unwrap(type(new).step), []
     for _ in range(2):
-        with torch.no_grad(), Tally(t for p in _parameters(new) for t in (p, p.grad)) as tally:
-            for state in states(new):
+        # A step that compiles itself runs as it is written: what is on meta cannot be compiled.
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eager, Tally(t for p in _parameters(new) for t in (p, p.grad)) as tally:
+            for state in (p for s in states(new) for p in plain(s)):
                 tally.count(state.untyped_storage())
             step(new)
         peaks.append(tally.peak)
-    held = _bytes(states(new))
+    # Counters of steps are on the host, but for fused ones.
+    on_host = ("cpu",) if fused or device in ("cpu", "meta") else ()
+    held = nbytes(states(new), ("meta", *on_host))
+    name = f"{type(new).__name__}.step()"
+    if type(new).__module__.startswith(STATES_ALONE):
+        return Foreseen(held, None, name)
     how = " (fused)" if fused else " (foreach; foreach=False or fused=True takes less)" if several else ""
-    return Foreseen(held, 0 if fused else max(0, *(p - held for p in peaks)), f"{type(new).__name__}.step(){how}")
+    return Foreseen(held, 0 if fused else max(0, *(p - held for p in peaks)), name + how)
 
 
 def declared(given: Any, parameters: Sequence[torch.Tensor]) -> Foreseen:
@@ -94,9 +125,9 @@ def declared(given: Any, parameters: Sequence[torch.Tensor]) -> Foreseen:
         raise MemplanError(f"option 'optimizer' made a {type(made).__name__} from parameters, not an optimizer")
     device = parameters[0].device.type
     for group in made.param_groups:
-        if group.get("foreach") is None and not group.get("fused"):
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
             group["foreach"] = device == "cuda"
-    return foresee(made)
+    return foresee(made, device)
 
 
 def torch_optimizer(name: str) -> Make:
@@ -129,6 +160,11 @@ def _hollow(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         memo[id(p)] = torch.nn.Parameter(fake, p.requires_grad)
         memo[id(p)].grad = torch.empty_like(fake) if p.requires_grad else None
     new = copy.deepcopy(optimizer, memo)
+    for name, value in vars(optimizer).items():  # torch copies none of a class's own; what is no data is the same
+        if name not in vars(new):
+            vars(new)[name] = copy.deepcopy(value, memo) if isinstance(value, DATA) else value
+    if getattr(new, "is_paged", False):
+        vars(new)["is_paged"] = False  # as it is where parameters are on a CPU
     for group, old in zip(new.param_groups, optimizer.param_groups, strict=True):
         if group.get("foreach") is None and "foreach" in group and not group.get("fused"):
             group["foreach"] = _default_to_fused_or_foreach(old["params"], False, False)[1]
@@ -141,8 +177,5 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The tensors among an optimizer's states."""
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.nbytes for t in tensors)
+    held = getattr(optimizer, "state", {})  # what is around others may have none
+    return [v for state in held.values() for v in state.values() if isinstance(v, torch.Tensor)]

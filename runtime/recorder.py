@@ -42,6 +42,8 @@ from memplan.errors import MemplanError
 from memplan.ir import KINDS, Block, Kind, Moment, Timeline
 from memplan.runtime.allocator import FREED, Event, allocator_profile, events, interrupt
 from memplan.runtime.host_pool import off_device
+from memplan.runtime.optimizers import states
+from memplan.runtime.storages import plain
 
 
 class Recording:
@@ -158,12 +160,7 @@ def _storages(device: torch.device) -> dict[int, tuple[Kind, torch.UntypedStorag
         by_kind: dict[Kind, Iterable[Any]] = {
             "input": tensors,
             "optimizer_state": (
-                value
-                for o in objects
-                if issubclass(type(o), torch.optim.Optimizer)
-                for state in o.state.values()
-                for value in state.values()
-                if isinstance(value, torch.Tensor)
+                value for o in objects if issubclass(type(o), torch.optim.Optimizer) for value in states(o)
             ),
             "gradient": grads,
             "parameter": (t for t in tensors if isinstance(t, torch.nn.Parameter)),
@@ -171,8 +168,9 @@ def _storages(device: torch.device) -> dict[int, tuple[Kind, torch.UntypedStorag
         found: dict[int, tuple[Kind, torch.UntypedStorage]] = {}
         for kind, members in by_kind.items():  # the later kind says more
             for tensor in members:
-                if at := _storage(tensor, device):
-                    found[at[0]] = kind, at[1]
+                for part in (tensor,) if kind == "input" else plain(tensor):  # what is inside of inputs is one of them
+                    if at := _storage(part, device):
+                        found[at[0]] = kind, at[1]
     return found
 
 

@@ -10,21 +10,23 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memplan.runtime.storages import plain
+
 
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that ops make, as long as they live."""
 
     def __init__(self, there: Iterable[torch.Tensor | None], *, keep: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known = {t.untyped_storage()._cdata for t in there if t is not None}
+        self.known = {p.untyped_storage()._cdata for t in there if t is not None for p in plain(t)}
         self.total = self.peak = 0
         self.keep = keep  # calls, with what describes their operands
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+        for tensor in (p for r in pytree.tree_leaves(result) if isinstance(r, torch.Tensor) for p in plain(r)):
+            if tensor.untyped_storage()._cdata not in self.known:
                 self.count(tensor.untyped_storage())
         if self.keep:
             self.calls.append(pytree.tree_map_only(torch.Tensor, _hollow, (func, args, kwargs or {}, result)))

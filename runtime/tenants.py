@@ -16,6 +16,7 @@ from memplan.runtime import arena, host_pool
 from memplan.runtime.arena import Arena
 from memplan.runtime.host_pool import ALIGNMENT, rounded
 from memplan.runtime.ledger import Restored
+from memplan.runtime.storages import plain
 
 
 class Resident:
@@ -95,10 +96,11 @@ class ArenaTenant:
 def moved_in(tensors: Iterable[torch.Tensor]) -> ArenaTenant:
     """Move tensors into an arena of their own, which is restored by copy: parameters, the states of an optimizer.
 
-    They stay the same objects, of the same values and strides. What else looks at their memory, as a view does, still
+    They stay the same objects, of the same values and strides; of a wrapper subclass, as a quantised state is, what is
+    inside moves. What else looks at their memory, as a view does, still
     looks at the old one; so tensors that share a storage are refused with MemplanError, and nothing is moved.
     """
-    given = list({id(t): t for t in tensors}.values())
+    given = list({id(p): p for t in tensors for p in plain(t)}.values())
     if len({t.untyped_storage().data_ptr() for t in given if t.nbytes}) < len([t for t in given if t.nbytes]):
         raise MemplanError(
             "some of the tensors share a storage, and would part: give one of them, and tie others to it"

@@ -145,6 +145,12 @@ class Span:
         """Whether it was measured up to its end."""
         return self.stop is not None and (self.session.cuda or bool(self.session.events))
 
+    @property
+    def seen(self) -> bool:
+        """Whether its peak is seen, and not below an earlier one."""
+        session = self.session
+        return not session.cuda or session.counters[self.stop or -1][1] > session.counters[self.start][1]
+
     def measured(self) -> tuple[int, int]:
         """Its peak and what is left. The session must have ended."""
         last = len(self.session.taken) - 1
