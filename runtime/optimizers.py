@@ -49,30 +49,20 @@ def foresee(optimizer: torch.optim.Optimizer, device: str = "") -> Foreseen:
     step without data.
     """
     device = device or next((p.device.type for p in _parameters(optimizer)), "cpu")
-    why, cause = _unlike(optimizer, device), None
+    kind = type(optimizer).__name__
+    learned = (
+        "so what it will hold is not known ahead: leave option 'optimizer' out, and it counts from the call after "
+    )
+    if getattr(optimizer, "is_paged", False) and device != "cpu":
+        raise MemplanError(f"{kind} has pages that CUDA's driver moves, {learned}its first step, without these")
     try:
         ways: Iterable[Mapping[str, Any]] = getattr(optimizer, "extremes", ({},))
-        found = [] if why else [_two_steps(optimizer, device, more) for more in ways]
+        found = [_two_steps(optimizer, device, more) for more in ways]
     except Exception as e:
-        first = str(e).partition("\n")[0]
-        why, cause = f"does not step on parameters without data ({type(e).__name__}: {first})", e
-    if why:
-        raise MemplanError(
-            f"{type(optimizer).__name__} {why}, so what it will hold is not known ahead: leave option 'optimizer' out, "
-            "and it counts from the call after its first step"
-        ) from cause
+        why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        raise MemplanError(f"{kind} does not step on parameters without data ({why}), {learned}its first step") from e
     worst = None if any(f.transient is None for f in found) else max(f.transient or 0 for f in found)
     return Foreseen(found[0].states, worst, found[0].name)
-
-
-def _unlike(optimizer: torch.optim.Optimizer, device: str) -> str:
-    """Why a copy over other parameters would be another optimizer: bitsandbytes' can be; empty: it is the same."""
-    manager = getattr(optimizer, "mng", None)
-    if manager is not None and (manager.pid2config or manager.module_weight_config_triple):
-        return "has options for single parameters (GlobalOptimManager)"
-    if getattr(optimizer, "is_paged", False) and device != "cpu":
-        return "has pages that CUDA's driver moves between host and device"
-    return ""
 
 
 def _two_steps(optimizer: torch.optim.Optimizer, device: str, more: Mapping[str, Any]) -> Foreseen:
@@ -121,6 +111,11 @@ def declared(given: Any, parameters: Sequence[torch.Tensor]) -> Foreseen:
         made = make(hollow)
     except Exception as e:
         raise MemplanError(f"option 'optimizer' cannot be made from the step's parameters: {e}") from e
+    if _single(made, [parameters]):
+        raise MemplanError(
+            f"option 'optimizer' makes a {type(made).__name__}, and GlobalOptimManager has options for single "
+            "parameters, which what is made for a plan does not have: give the optimizer itself"
+        )
     if not isinstance(made, torch.optim.Optimizer):
         raise MemplanError(f"option 'optimizer' made a {type(made).__name__} from parameters, not an optimizer")
     device = parameters[0].device.type
@@ -163,12 +158,25 @@ def _hollow(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for name, value in vars(optimizer).items():  # torch copies none of a class's own; what is no data is the same
         if name not in vars(new):
             vars(new)[name] = copy.deepcopy(value, memo) if isinstance(value, DATA) else value
-    if getattr(new, "is_paged", False):
+    if hasattr(new, "is_paged"):
         vars(new)["is_paged"] = False  # as it is where parameters are on a CPU
+    if options := _single(optimizer, [group["params"] for group in optimizer.param_groups]):
+        manager = vars(new)["mng"] = copy.copy(vars(optimizer)["mng"])
+        manager.index2config = manager.index2config | options
     for group, old in zip(new.param_groups, optimizer.param_groups, strict=True):
         if group.get("foreach") is None and "foreach" in group and not group.get("fused"):
             group["foreach"] = _default_to_fused_or_foreach(old["params"], False, False)[1]
     return new
+
+
+def _single(optimizer: Any, groups: Sequence[Sequence[torch.Tensor]]) -> dict[tuple[int, int], Any]:
+    """bitsandbytes' options for single parameters, which it knows by their ids: by group and place in it."""
+    manager = getattr(optimizer, "mng", None)
+    if manager is None:
+        return {}
+    options = manager.pid2config | {id(getattr(m, name)): o for m, name, o in manager.module_weight_config_triple}
+    places = {(g, i): id(p) for g, group in enumerate(groups) for i, p in enumerate(group)}
+    return {place: options[key] for place, key in places.items() if key in options}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -55,5 +55,5 @@ class Stepped:
             peak, left = span.measured()
             self.peaks.append(max(0, peak - left))
         if self.known:
-            for hook in self.hooks:
-                hook.remove()
+            while self.hooks:
+                self.hooks.pop().remove()

@@ -26,15 +26,16 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in (p for r in pytree.tree_leaves(result) if isinstance(r, torch.Tensor) for p in plain(r)):
-            if tensor.untyped_storage()._cdata not in self.known:
-                self.count(tensor.untyped_storage())
+            self.count(tensor.untyped_storage())
         if self.keep:
             self.calls.append(pytree.tree_map_only(torch.Tensor, _hollow, (func, args, kwargs or {}, result)))
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, until it is gone."""
+        """Count a storage that is not there yet, until it is gone."""
         key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
         self.known.add(key)
         self.total += size
         self.peak = max(self.peak, self.total)

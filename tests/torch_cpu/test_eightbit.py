@@ -1,4 +1,4 @@
-"""torchao's and bitsandbytes' optimizers inside a budget: their states, and what their steps take, are what is measured."""
+"""torchao's and bitsandbytes' optimizers inside a budget: states, and what steps take, are what is measured."""
 
 from __future__ import annotations
 
@@ -130,3 +130,57 @@ def test_a_planned_step_with_its_optimizer(made, kind: type) -> None:
     measured = seen.timeline.peak_above_base + there
     assert 0.97 * error.smallest <= measured <= error.smallest
     assert dict(seen.timeline.base)["optimizer_state"] >= nbytes(states(optimizer), ("cpu",))
+
+
+def test_options_for_single_parameters_are_foreseen() -> None:
+    """bitsandbytes knows them by the ids of parameters; transformers' Trainer has them for embeddings."""
+    net = nn.ModuleList([nn.Embedding(64, 128), nn.Linear(128, 64, bias=False)])
+    manager = bnb.GlobalOptimManager.get_instance()
+    before = dict(vars(manager))
+    try:
+        manager.initialize()
+        manager.register_module_override(net[0], "weight", {"optim_bits": 32})
+        optimizer = bnb.AdamW8bit(net.parameters())
+        ahead = foresee(optimizer)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert ahead.states == nbytes(states(optimizer), ("cpu",)) > 2 * net[0].weight.nbytes
+        assert foresee(optimizer) == ahead
+        with pytest.raises(MemplanError, match=r"GlobalOptimManager has options .*: give the optimizer itself"):
+            declared(bnb.AdamW8bit, list(net.parameters()))
+    finally:
+        vars(manager).update(before)
+
+
+def test_what_cannot_be_foreseen_is_said_and_learned() -> None:
+    """LAMB looks at norms. Its note stays, and what it holds and takes counts after its first step."""
+    optimizer = bnb.LAMB8bit(given := parameters())
+    watch = Watch()
+    before = watch.held(given)
+    assert "LAMB8bit does not step on parameters without data" in before.notes[0]
+    assert all("\n" not in note for note in before.notes)
+    assert "optimizer_state" not in dict(before.kinds) and not before.gaps
+    optimizer.step()
+    peak, left = recorded(optimizer.step)
+    after = watch.held(given)
+    assert dict(after.kinds)["optimizer_state"] == nbytes(states(optimizer), ("cpu",))
+    (gap,) = after.gaps
+    assert gap.name == "LAMB8bit.step()" and gap.bytes >= 0.99 * (peak - left) > 0
+    assert not watch.known  # as it was
+
+
+@pytest.mark.parametrize("kind", [ao.AdamW4bit, bnb.Lion8bit], ids=lambda k: k.__module__)
+def test_states_move_into_an_arena_and_out(kind: type) -> None:
+    """What a ledger sends away and brings back is the same states: the optimizer goes on as one that was let be."""
+    made = [(given, made_by(kind, given)) for given in (parameters(), parameters())]
+    for _, optimizer in made:
+        optimizer.step()
+    moved = made[0][1]
+    tenant = moved_in(states(moved))
+    assert tenant.arena.size >= nbytes(states(moved), ("cpu",))
+    tenant.release()
+    tenant.restore()
+    for _, optimizer in made:
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(made[0][0], made[1][0], strict=True))
