@@ -2,8 +2,8 @@
 
 In: a live optimizer. Out: the peak inside `step()` beyond what is left of it, the larger one of the first two that were
 seen whole. A step is not where something is compiled in it (torchao's first), a closure runs backward, it runs inside
-of a backward, or another profiler is there; then the next one is looked at. On CUDA it is seen only where it is above
-all that was allocated at a time before.
+of a backward, or another profiler is there; then the next one is looked at. One that is compiled itself is never seen.
+On CUDA a step is seen only where it is above all that was allocated at a time before.
 What must hold: nothing of the step changes, and nothing is measured any more once it is known.
 """
 
@@ -43,12 +43,14 @@ class Stepped:
         return len(self.peaks) >= STEPS
 
     def begins(self) -> None:
+        if torch.compiler.is_compiling():  # whoever compiles the whole step finds nothing in it
+            return
         self.span = None if in_backward() else Span.opened(Session())
 
     def ends(self) -> None:
-        span, self.span = self.span, None
-        if span is None:
+        if torch.compiler.is_compiling() or self.span is None:
             return
+        span, self.span = self.span, None
         span.close({})
         span.session.end()
         if span.whole and span.seen:

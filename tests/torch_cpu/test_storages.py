@@ -158,3 +158,20 @@ def test_what_is_around_an_optimizer(shows: tuple[str, ...]) -> None:
     with memplan.record("cpu") as seen:
         pass
     assert dict(seen.timeline.base)["optimizer_state"] >= 2 * 3200 + 8
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_step_that_is_compiled_is_let_be() -> None:
+    """Nothing is put into its graph, and nothing is measured."""
+    optimizer = type("Own", (torch.optim.AdamW,), {})(given := parameters())
+    watch = Watch()
+    watch.held(given)
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        compiled()
+    assert counted["stats"]["unique_graphs"] == 1
+    assert sum(counted["graph_break"].values()) == 1  # torch's own
+    (stepped,) = watch.stepped
+    assert (stepped.peaks, stepped.span) == ([], None)
