@@ -68,19 +68,16 @@ class Watch:
         states = max(nbytes(there, devices), sum(f.states for f in self.foreseen))
         states -= nbytes((state for state in there if id(state) in own), devices)
         kinds: list[tuple[Kind, int]] = [("gradient", grads), ("optimizer_state", states)]
-        taken = [(f.transient or 0, f.name) for f in self.foreseen] + [
-            (max(s.peaks, default=0), s.name) for s in self.stepped
-        ]
-        most, name = max(taken, default=(0, ""))
+        seen = [(max(s.peaks, default=0), s.name) for s in self.stepped]
+        most, name = max([*seen, *((f.transient or 0, f.name) for f in self.foreseen)], default=(0, ""))
         gaps = (Gap(name, most),) if most else ()
         notes = (*self.notes, *(UNSEEN.format(name) for name in self._unseen()))
         return Held(tuple((kind, size) for kind, size in kinds if size), gaps, notes)
 
     def _unseen(self) -> list[str]:
         """The steps of which it is not known yet what they take."""
-        if self.stepped:
-            return sorted({s.name for s in self.stepped if not s.known})
-        return [f.name for f in self.foreseen if f.transient is None]
+        ahead = {f.name for f in self.foreseen if f.transient is None} - {s.name for s in self.stepped}
+        return sorted(ahead | {s.name for s in self.stepped if not s.known})
 
     def _states(self) -> Iterator[torch.Tensor]:
         for optimizer in (ref() for ref in self.optimizers):

@@ -177,6 +177,22 @@ def test_what_cannot_be_foreseen_is_said_and_learned() -> None:
     assert not watch.known  # as it was
 
 
+@pytest.mark.parametrize("option", [None, bnb.AdamW8bit], ids=["found", "declared"])
+def test_known_when_two_steps_were_seen(option: object) -> None:
+    given = parameters()
+    watch, alone = Watch(option), Watch(bnb.AdamW8bit)
+    before = alone.held(given)  # declared, and not there yet
+    optimizer = bnb.AdamW8bit(given)
+    for known in (False, False, True):
+        held = watch.held(given)
+        assert watch.known is known is not any("not known yet" in note for note in held.notes)
+        assert dict(held.kinds) == dict(before.kinds)
+        optimizer.step()
+    peak, _ = recorded(optimizer.step)
+    assert [gap.bytes for gap in watch.held(given).gaps] == [peak]
+    assert not before.gaps and "not known yet" in before.notes[0] and not alone.known
+
+
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kind", [ao.AdamW4bit, bnb.Lion8bit], ids=lambda k: k.__module__)
 def test_states_move_into_an_arena_and_out(kind: type) -> None:
