@@ -39,9 +39,9 @@ def made_by(kind: type, parameters: list[nn.Parameter]) -> torch.optim.Optimizer
 
 
 def parameters() -> list[nn.Parameter]:
-    """Two of which states are quantised, and one that is too small."""
+    """Two of which states are quantised, one of them large enough for pages, and one that is too small."""
     torch.manual_seed(0)
-    made = [nn.Parameter(torch.randn(*shape)) for shape in ((64, 128), (64, 128), (64,))]
+    made = [nn.Parameter(torch.randn(*shape)) for shape in ((512, 256), (64, 128), (64,))]
     for p in made:
         p.grad = torch.randn_like(p)
     return made
