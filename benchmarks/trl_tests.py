@@ -34,13 +34,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-# for the processes that run tests: logits are some MB, whose pages take longer than what is computed
-os.environ |= {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**27),
-}
+if __name__ in ("__main__", "__mp_main__"):
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # for the processes that run tests: logits are some MB, whose pages take longer than what is computed
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    os.environ |= {"MALLOC_TOP_PAD_": str(2**27)}
 
 import pytest
 import torch
