@@ -62,7 +62,7 @@ def fit(
     A call under no_grad or in inference mode is neither compiled nor planned. A call with gradients whose output has a
     field `loss`, as transformers' models have when they are given labels, returns memplan.fitting.Outputs: the loss,
     and what `keep` names. Any other output is returned whole; what runs after it is measured in the first two steps,
-    and counts from the second on, but not what the caller holds of the output beside: call it with use_cache=False.
+    and counts from the second on.
     Adapters (peft) come first: a model that wraps a fitted one calls it past the plan.
     Raises MemplanError for what cannot be fitted, and DoesNotFit, with the smallest budget that fits, from fit where
     there is a batch, else from the call.

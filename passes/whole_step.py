@@ -145,7 +145,7 @@ class WholeStep:
         node.register_hook(backward_ends)
         run.waits = weakref.ref(backward_starts, lambda _: self._dropped())  # the node alone holds it
         if looks and any(isinstance(r, torch.Tensor) and r.dim() and r.requires_grad for r in results):
-            run.ahead = Span.opened(self.outside.open())
+            run.ahead = Span.opened(self.outside.open(), _read_again(run.variant.compiled.plan, results))
         elif looks:  # it returns a loss
             self.outside.remember((id(run.graph), len(self.runs)), run.sizes, None, None)
         self.runs.append(run)
@@ -319,6 +319,14 @@ def _storages(values: Sequence[Any]) -> dict[int, int]:
     """Address -> bytes of the tensors' storages."""
     found = (v.untyped_storage() for v in values if isinstance(v, torch.Tensor) and _reference(v) is not None)
     return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def _read_again(plan: Plan | None, results: Sequence[Any]) -> dict[int, int]:
+    """The storages of those results that ops read too: whether the caller drops them or not, a plan may keep them."""
+    if plan is None:
+        return {}
+    read = {t for op in plan.step.ops for t in op.inputs}
+    return _storages([r for r, t in zip(results, plan.step.ports.results, strict=False) if t in read])
 
 
 def _reference(value: Any) -> StorageWeakRef | None:

@@ -7,7 +7,8 @@ needs it, and to Dynamo when that starts to compile. Started before backward, it
 between are marked, and what starts a backward, or another profiler, is wrapped while it runs. On CUDA the caching
 allocator's counters are read at each mark, and not reset.
 What must hold: bytes are never too few. Frees of what was there when the session began are not seen on the CPU; a peak
-on CUDA that is below an earlier one is not known, and what is left stands for it.
+on CUDA that is below an earlier one is not known, and what is left stands for it; what another plan may keep makes no
+room where it is freed, or counts as if it did not, on CUDA.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -98,20 +99,23 @@ class Session:
         setattr(owner, name, ours)
         return owner, name, original, ours
 
-    def between(self, start: int, stop: int) -> tuple[int, int]:
-        """The peak between two marks, and what is left at the second. The session must have ended."""
+    def between(self, start: int, stop: int, stays: Mapping[int, int]) -> tuple[int, int]:
+        """The peak between two marks, and what is left at the second. `stays`: address -> bytes of what makes no room
+        where it is freed. The session must have ended.
+        """
         taken = self.taken[stop]
         if self.cuda:
             (before, highest), (after, risen) = self.counters[start], self.counters[stop]
             left = max(0, after - before)
-            return (risen - before if risen > highest else left), max(0, left - sum(taken.values()))
+            peak = risen - before if risen > highest else left
+            return peak + sum(stays.values()), max(0, left - sum(taken.values()))
         alive: dict[int, tuple[int, bool]] = {}  # address -> bytes, and whether it is new
         total = peak = 0
         inside = False
         for event in self.events:
             inside = event.mark == start or (inside and event.mark != stop)
-            size, _ = alive.pop(event.address, (0, False))
-            total -= size
+            size, new = alive.pop(event.address, (0, False))
+            total -= size if new or not inside or event.address not in stays else 0
             if event.bytes > 0:
                 alive[event.address] = event.bytes, inside
                 total += event.bytes
@@ -125,15 +129,16 @@ class Session:
 
 @dataclass
 class Span:
-    """What lies between two marks of a session."""
+    """What lies between two marks of a session. `stays`: address -> bytes of what makes no room where it is freed."""
 
     session: Session
     start: int
+    stays: Mapping[int, int] = field(default_factory=dict)
     stop: int | None = None
 
     @staticmethod
-    def opened(session: Session) -> Span:
-        return Span(session, session.mark({}))
+    def opened(session: Session, stays: Mapping[int, int] | None = None) -> Span:
+        return Span(session, session.mark({}), stays or {})
 
     def close(self, taken: Mapping[int, int]) -> None:
         """It ends here, where it has not ended and its session is still open."""
@@ -148,4 +153,4 @@ class Span:
     def measured(self) -> tuple[int, int]:
         """Its peak and what is left. The session must have ended."""
         last = len(self.session.taken) - 1
-        return self.session.between(self.start, last if self.stop is None else self.stop)
+        return self.session.between(self.start, last if self.stop is None else self.stop, self.stays)

@@ -129,7 +129,7 @@ def least(net: nn.Module, inner: str) -> int:
     ("network", "inner"),
     [
         (Straight, "eager"),
-        (Straight, "inductor"),
+        pytest.param(Straight, "inductor", marks=pytest.mark.slow),
         (Looped, "eager"),
         pytest.param(Skipped, "inductor", marks=pytest.mark.slow),
     ],

@@ -59,7 +59,7 @@ def run(folder: Path, how: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("how", ["pair", "whole"])
+@pytest.mark.parametrize("how", [pytest.param("pair", marks=pytest.mark.slow), "whole"])
 def test_two_processes_and_an_edited_policy(tmp_path: Path, how: str) -> None:
     (tmp_path / "step.py").write_text(STEP)
     (tmp_path / "mine.py").write_text(POLICY.format(choice="Keep()"))

@@ -13,6 +13,7 @@ from torch import nn
 import memplan
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
+from memplan.runtime.window import Session, Span
 from tests.planned import frozen_heap
 
 pytestmark = [
@@ -133,6 +134,19 @@ def test_the_budget_holds_with_what_is_outside(kind, inner, made) -> None:
         assert len(made) == count
     gap = whole.step.gaps[0]
     assert gap.bytes >= 12 * SIZE and (kind is Head or gap.kept >= 4 * SIZE)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_result_that_is_dropped_makes_room_if_no_plan_may_keep_it(stays: bool) -> None:
+    session = Session()
+    dropped = torch.empty(3 * SIZE, dtype=torch.uint8)
+    span = Span.opened(session, {dropped.data_ptr(): dropped.nbytes} if stays else {})
+    del dropped
+    new, left = torch.empty(4 * SIZE, dtype=torch.uint8), torch.empty(SIZE, dtype=torch.uint8)
+    del new
+    span.close({})
+    session.end()
+    assert span.whole and span.measured() == (5 * SIZE if stays else 2 * SIZE, SIZE) and left.nbytes == SIZE
 
 
 def test_a_loss_inside_needs_no_second_plan(made) -> None:

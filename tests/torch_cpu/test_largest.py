@@ -29,7 +29,9 @@ def needed(step: Callable, batch: object, **options) -> int:
     return refused.value.smallest
 
 
-@pytest.mark.parametrize("machine", [None, "rtx4090"], ids=["measured", "rtx4090"])
+@pytest.mark.parametrize(
+    "machine", [pytest.param(None, id="measured"), pytest.param("rtx4090", id="rtx4090", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dimension", ["tokens", "batch"])
 def test_it_fits_and_the_next_does_not(dimension: str, machine: str | None) -> None:
     sample, given = LLAMA.make(), {"machine": machine, "inner": "eager"}

@@ -298,7 +298,7 @@ def test_what_is_too_long_is_cut_at_its_end() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo", "one_thread")
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_epochs_stay_inside_a_budget_and_plan_no_more(shared: bool, made: list[Plan]) -> None:
     """Of a DataLoader over a dataset. What the model is given has one size, what the loss is given has several."""
     from datasets import Dataset

@@ -127,7 +127,7 @@ def test_rows_in_any_number_under_inductor(monkeypatch) -> None:
         step(torch.randn(5000, 8))
 
 
-@pytest.mark.parametrize("policy", ["greedy", "block-checkpoint"])
+@pytest.mark.parametrize("policy", ["greedy", pytest.param("block-checkpoint", marks=pytest.mark.slow)])
 def test_the_plan_of_another_length_is_exact(policy, monkeypatch) -> None:
     """What entry checks rely on: the same decisions at another size, predicted to the byte."""
     sample, kept = LLAMA.make(), list[Compiled]()
