@@ -7,8 +7,8 @@ In: a trainer that is not training yet. Out: the same trainer, whose compute_los
 called with gradients: model, label smoothing, compute_loss_func and a subclass's own compute_loss, so that of logits
 nothing leaves the plan. Batches, gradient accumulation, autocast, clipping, optimizer, evaluation, checkpoints and
 callbacks are the trainer's and untouched.
-What must hold: with inner="eager" losses and weights are the trainer's to the bit, where those of torch's aot_eager are:
-it adds up the gradients of grouped-query attention in another order.
+What must hold: with inner="eager" losses and weights are the trainer's to the bit, as those of torch's aot_eager are:
+not with grouped-query attention, whose gradients it adds up in another order.
 """
 
 from __future__ import annotations

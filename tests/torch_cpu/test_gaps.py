@@ -13,6 +13,7 @@ from torch import nn
 import memplan
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
+from memplan.ir import Plan
 from memplan.runtime.window import Session, Span
 from tests.planned import frozen_heap
 
@@ -134,6 +135,27 @@ def test_the_budget_holds_with_what_is_outside(kind, inner, made) -> None:
         assert len(made) == count
     gap = whole.step.gaps[0]
     assert gap.bytes >= 12 * SIZE and (kind is Head or gap.kept >= 4 * SIZE)
+
+
+class Beside(Head):
+    """What comes back beside the logits, as a cache does, is what backward reads."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        beside = []
+        for layer in self.first:
+            beside.append(x := layer(x))
+        return self.second(x), beside
+
+
+def test_results_that_are_dropped_make_no_room(made: list[Plan]) -> None:
+    """Though the caller drops them before its loss runs: this plan keeps them, or the next one does."""
+    model = torch.compile(Beside(), backend=memplan_backend, options={"inner": "eager", "budget": 10**8})
+    for _ in range(3):
+        logits, beside = model(rows())
+        del beside
+        nn.functional.cross_entropy(logits, LABELS).backward()
+    (gap,) = made[-1].step.gaps
+    assert gap.bytes >= logits.nbytes  # of its log-probabilities
 
 
 @pytest.mark.parametrize("stays", [False, True])
