@@ -1,0 +1,212 @@
+"""A GRPO run that learns, inside a third of the memory that it takes unplanned.
+
+    pip install -e . && python examples/grpo_reasoning.py [-o FOLDER] [--steps N] [--seed N]
+
+A small Llama learns to spell words of three letters backward (reasoning-gym). From random weights it is first made what
+GRPO begins with elsewhere, a model that answers in the right form, and now and then right: a few hundred steps on
+answers of which one in eight is right, and the others are letters at random. GRPO does the rest, once planned and once
+not, and the rewards and peaks of both are drawn side by side. A run that was killed goes on where its last checkpoint
+was, when the same command is given again, and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import string
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import memplan
+from memplan.backend import memplan_backend
+from memplan.grpo import (
+    CharTokenizer,
+    GRPOConfig,
+    Rollout,
+    Task,
+    load_checkpoint,
+    make_step,
+    make_tasks,
+    rollout,
+    save_checkpoint,
+    token_logprobs,
+)
+
+TOKENIZER = CharTokenizer(string.ascii_letters + " ():->\n")  # what its questions are written in
+NEW_TOKENS = 4  # three letters and the end
+SHAPING = 0.0  # the verdict has a part for each letter; that of similarity would favour answers of two letters
+RIGHT, BEFORE = 1 / 8, 400  # the share of right answers, and the steps, of what comes before GRPO
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of: a checkpoint of another one is refused. prompts, group: of a step; every: steps between
+    checkpoints.
+    """
+
+    seed: int = 0
+    steps: int = 400
+    prompts: int = 32
+    group: int = 8
+    rate: float = 1.5e-3
+    entropy: float = 0.03
+    words: int = 600
+    every: int = 10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step: its mean reward, and the peak of bytes while it ran, all that is held included."""
+
+    reward: float
+    peak: int
+
+
+def policy(run: Run) -> Any:
+    torch.manual_seed(run.seed)
+    config = LlamaConfig(
+        vocab_size=TOKENIZER.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, tie_word_embeddings=True, bos_token_id=None, eos_token_id=TOKENIZER.eos,
+        pad_token_id=TOKENIZER.pad,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def sampled(run: Run, model: Any, tasks: list[Task], number: int) -> Rollout:
+    """The rollout of a step: the same for the same weights."""
+    chosen = random.Random(f"{run.seed} {number}").sample(tasks, run.prompts)
+    seed = 2**20 * run.seed + number
+    return rollout(
+        model, chosen, TOKENIZER, group_size=run.group, max_new_tokens=NEW_TOKENS, shaping=SHAPING, seed=seed
+    )
+
+
+def prepare(run: Run, model: Any, tasks: list[Task]) -> None:
+    """Supervised steps on answers, few of them right."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    draw = random.Random(run.seed)
+
+    def row(task: Task) -> list[int]:
+        right = draw.random() < RIGHT
+        answer = task.answer if right else "".join(draw.choices(string.ascii_lowercase, k=len(task.answer)))
+        return [*TOKENIZER.encode(task.prompt), *TOKENIZER.encode(answer), TOKENIZER.eos]
+
+    for _ in range(BEFORE):
+        ids = torch.tensor([row(task) for task in draw.sample(tasks, 64)])  # words of one length: rows of one length
+        (-token_logprobs(model, ids)[:, -NEW_TOKENS:].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train(run: Run, folder: Path, budget: int | None) -> Iterator[Seen]:
+    """The steps of a run, those before its checkpoint as they were. budget: bytes, None for a step that is not planned.
+    The folder's checkpoint is the run's last one, and at the end its result.
+    """
+    model = policy(run)
+    tasks = make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    own: dict[str, Any] = {"model": model, "optimizer": optimizer, "made_of": asdict(run) | {"budget": budget}}
+    checkpoint = folder / "checkpoint.pt"
+    done, seen = load_checkpoint(checkpoint, **own)
+    if seen is None:
+        prepare(run, model, tasks)
+        save_checkpoint(checkpoint, step=0, kept=(seen := []), **own)
+    yield from (Seen(*values) for values in seen)
+
+    step = make_step(model, GRPOConfig(entropy_bonus=run.entropy))
+    if budget is not None:
+        options = {"budget": budget, "inner": "eager", "optimizer": optimizer}
+        step = torch.compile(step, backend=memplan_backend, options=options)
+    for number in range(done, run.steps):
+        rolled = sampled(run, model, tasks, number)
+        if number == done and budget is not None:
+            step(rolled.batch)  # plans; while a step is recorded none can be
+        with memplan.record() as recorded:
+            step(rolled.batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append((float(rolled.rewards.mean()), recorded.timeline.peak))
+        if (number + 1) % run.every == 0 or number + 1 == run.steps:
+            save_checkpoint(checkpoint, step=number + 1, kept=seen, **own)
+        yield Seen(*seen[-1])
+
+
+def unplanned_peak(run: Run) -> int:
+    """Bytes at the peak of a step with its optimizer's states there: of the second one, of any weights."""
+    model = policy(run)
+    tasks = make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
+    optimizer, step = torch.optim.AdamW(model.parameters()), make_step(model, GRPOConfig(entropy_bonus=run.entropy))
+    batch = sampled(run, model, tasks, 0).batch
+    for _ in range(2):
+        with memplan.record() as recorded:
+            step(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return recorded.timeline.peak
+
+
+def draw(path: Path, curves: dict[str, list[Seen]], budget: int) -> None:
+    """Rewards, each the mean of ten steps, and peaks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    rewards, peaks = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
+        smooth = [sum(s.reward for s in curve[max(k - 9, 0) : k + 1]) / min(k + 1, 10) for k in range(len(curve))]
+        rewards.plot(smooth, style, label=name)
+        peaks.plot([s.peak / 1e6 for s in curve], style, label=name)
+    peaks.axhline(budget / 1e6, color="grey", linewidth=0.8, label="budget")
+    rewards.set(ylabel="mean reward", ylim=(0, 1))
+    peaks.set(ylabel="peak, MB", xlabel="step", ylim=(0, None))
+    for axes in (rewards, peaks):
+        axes.legend(frameon=False)
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=120)
+    part.replace(path)
+
+
+def main(folder: Path = Path("grpo-reasoning"), run: Run | None = None) -> dict[str, list[Seen]]:
+    run = run or Run()
+    torch.set_num_threads(1)  # small products
+    unplanned = unplanned_peak(run)
+    budget = unplanned // 3
+    print(f"unplanned a step has its peak at {unplanned / 1e6:.1f} MB; the budget is {budget / 1e6:.1f} MB")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    curves = {}
+    with Progress(*columns, TextColumn("{task.fields[state]}")) as progress:
+        for name, most in (("planned", budget), ("unplanned", None)):
+            shown = progress.add_task(f"{name:>9}", total=run.steps, state="before GRPO")
+            curves[name] = []
+            for seen in train(run, folder / name, most):
+                curves[name].append(seen)
+                state = f"reward {seen.reward:.2f}, peak {seen.peak / 1e6:.1f} MB"
+                progress.update(shown, advance=1, state=state)
+    draw(folder / "rewards.png", curves, budget)
+    for name, curve in curves.items():
+        first, last = ([s.reward for s in part] for part in (curve[:10], curve[-10:]))
+        print(
+            f"{name:>9}: mean reward {sum(first) / len(first):.2f} -> {sum(last) / len(last):.2f}, "
+            f"highest peak {max(s.peak for s in curve) / 1e6:.1f} MB"
+        )
+    print(f"drawn: {folder / 'rewards.png'}")
+    return curves
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, default=Path("grpo-reasoning"), metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=Run.steps)
+    parser.add_argument("--seed", type=int, default=Run.seed)
+    given = parser.parse_args()
+    try:
+        main(given.out, Run(seed=given.seed, steps=given.steps))
+    except memplan.MemplanError as error:
+        raise SystemExit(f"grpo_reasoning: {error}") from None
