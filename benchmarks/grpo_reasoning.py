@@ -4,8 +4,9 @@
 
 `first` and `last` are mean rewards of ten steps; `same` says whether the planned run's rewards and final weights are
 the unplanned run's bits; `over` is the most that a planned step took of its budget, which is a third of the unplanned
-peak; `seconds` of one run on one core, what comes before GRPO, compiling and recording included. The killed run has 40 steps, in
-processes of its own, each killed with SIGKILL after a random time and started again; `same` is about its final weights.
+peak; `seconds` of one run on one core, what comes before GRPO, compiling and recording included. The killed run has 40
+steps, after few supervised ones, in processes of their own, each killed with SIGKILL after a random time and started
+again; `same` is about its final weights.
 Exit code 1 when a run does not learn, is over, or differs.
 """
 
@@ -33,9 +34,10 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from examples.grpo_reasoning import Run, train
+from examples import grpo_reasoning as example
 torch.set_num_threads(1)
-for _ in train(Run(steps=40), Path(sys.argv[1]), int(sys.argv[2])):
+example.BEFORE = (20, 10)
+for _ in example.train(example.Run(steps=40), Path(sys.argv[1]), int(sys.argv[2])):
     pass
 """
 

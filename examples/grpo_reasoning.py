@@ -2,11 +2,11 @@
 
     pip install -e . && python examples/grpo_reasoning.py [-o FOLDER] [--steps N] [--seed N]
 
-A small Llama learns to spell words of three letters backward (reasoning-gym). From random weights it is first made what
-GRPO begins with elsewhere, a model that answers in the right form, and now and then right: a few hundred steps on
-answers of which one in eight is right, and the others are letters at random. GRPO does the rest, once planned and once
-not, and the rewards and peaks of both are drawn side by side. A run that was killed goes on where its last checkpoint
-was, when the same command is given again, and ends with the same weights.
+A small Llama spells words of three letters backward (reasoning-gym). From random weights it is first made what GRPO
+begins with elsewhere, a base model: it answers in the right form, has seen how it is done, and yet is mostly wrong. To
+that end it reads right answers first, and then ever more that are letters at random, until one in eight is right. GRPO
+does the rest, once planned and once not, and the rewards and peaks of both are drawn side by side. A run that was
+killed goes on where its last checkpoint was, when the same command is given again, and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from memplan.grpo import (
     token_logprobs,
 )
 
-TOKENIZER = CharTokenizer(string.ascii_letters + " ():->\n")  # what its questions are written in
+TOKENIZER = CharTokenizer()
 NEW_TOKENS = 4  # three letters and the end
 SHAPING = 0.0  # the verdict has a part for each letter; that of similarity would favour answers of two letters
-RIGHT, BEFORE = 1 / 8, 400  # the share of right answers, and the steps, of what comes before GRPO
+BEFORE = (500, 200)  # supervised steps before GRPO: on right answers, and while their share falls
+RIGHT = 1 / 8  # to this
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,10 @@ class Run:
     """
 
     seed: int = 0
-    steps: int = 400
+    steps: int = 120
     prompts: int = 32
     group: int = 8
-    rate: float = 1.5e-3
-    entropy: float = 0.03
+    rate: float = 3e-4
     words: int = 600
     every: int = 10
 
@@ -88,18 +88,23 @@ def sampled(run: Run, model: Any, tasks: list[Task], number: int) -> Rollout:
 
 
 def prepare(run: Run, model: Any, tasks: list[Task]) -> None:
-    """Supervised steps on answers, few of them right."""
+    """The supervised steps. Of those of the second kind the last fifth has the least share of right answers."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     draw = random.Random(run.seed)
 
-    def row(task: Task) -> list[int]:
-        right = draw.random() < RIGHT
+    def row(task: Task, share: float) -> list[int]:
+        right = draw.random() < share
         answer = task.answer if right else "".join(draw.choices(string.ascii_lowercase, k=len(task.answer)))
         return [*TOKENIZER.encode(task.prompt), *TOKENIZER.encode(answer), TOKENIZER.eos]
 
-    for _ in range(BEFORE):
-        ids = torch.tensor([row(task) for task in draw.sample(tasks, 64)])  # words of one length: rows of one length
+    for number in range(sum(BEFORE)):
+        fallen = max(0.0, (number - BEFORE[0]) / BEFORE[1])
+        if fallen:
+            optimizer.param_groups[0]["lr"] = 1e-3
+        share = max(RIGHT, 1 - (1 - RIGHT) * fallen / 0.8)
+        ids = torch.tensor([row(task, share) for task in draw.sample(tasks, 64)])  # words of one length: one of rows
         (-token_logprobs(model, ids)[:, -NEW_TOKENS:].mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -120,7 +125,7 @@ def train(run: Run, folder: Path, budget: int | None) -> Iterator[Seen]:
         save_checkpoint(checkpoint, step=0, kept=(seen := []), **own)
     yield from (Seen(*values) for values in seen)
 
-    step = make_step(model, GRPOConfig(entropy_bonus=run.entropy))
+    step = make_step(model, GRPOConfig())
     if budget is not None:
         options = {"budget": budget, "inner": "eager", "optimizer": optimizer}
         step = torch.compile(step, backend=memplan_backend, options=options)
@@ -143,7 +148,7 @@ def unplanned_peak(run: Run) -> int:
     """Bytes at the peak of a step with its optimizer's states there: of the second one, of any weights."""
     model = policy(run)
     tasks = make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
-    optimizer, step = torch.optim.AdamW(model.parameters()), make_step(model, GRPOConfig(entropy_bonus=run.entropy))
+    optimizer, step = torch.optim.AdamW(model.parameters()), make_step(model, GRPOConfig())
     batch = sampled(run, model, tasks, 0).batch
     for _ in range(2):
         with memplan.record() as recorded:
