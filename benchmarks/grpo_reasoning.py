@@ -2,7 +2,7 @@
 
     python benchmarks/grpo_reasoning.py [-o FILE] [--plot FILE] [--seeds 3] [--kills 20]
 
-`first` and `last` are mean rewards of ten steps; `same` says whether the planned run's rewards and final weights are
+`first` is the mean reward of the first step, whose answers are the base model's, `last` that of the last ten; `same` says whether the planned run's rewards and final weights are
 the unplanned run's bits; `over` is the most that a planned step took of its budget, which is a third of the unplanned
 peak; `seconds` of one run on one core, what comes before GRPO, compiling and recording included. The killed run has 40
 steps, after few supervised ones, in processes of their own, each killed with SIGKILL after a random time and started
@@ -66,7 +66,7 @@ def seed_run(seed: int, budget: int, plot: Path | None) -> dict[str, Any]:
             curve = curves[name] = list(example.train(run, Path(folder) / name, most))
             rewards, peak = [s.reward for s in curve], max(s.peak for s in curve)
             found[name] = {
-                "first": sum(rewards[:10]) / 10,
+                "first": rewards[0],
                 "last": sum(rewards[-10:]) / 10,
                 "peak": peak,
                 "over": peak / budget,

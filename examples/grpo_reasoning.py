@@ -196,9 +196,9 @@ def main(folder: Path = Path("grpo-reasoning"), run: Run | None = None) -> dict[
                 progress.update(shown, advance=1, state=state)
     draw(folder / "rewards.png", curves, budget)
     for name, curve in curves.items():
-        first, last = ([s.reward for s in part] for part in (curve[:10], curve[-10:]))
+        last = [s.reward for s in curve[-10:]]
         print(
-            f"{name:>9}: mean reward {sum(first) / len(first):.2f} -> {sum(last) / len(last):.2f}, "
+            f"{name:>9}: mean reward {curve[0].reward:.2f} -> {sum(last) / len(last):.2f}, "
             f"highest peak {max(s.peak for s in curve) / 1e6:.1f} MB"
         )
     print(f"drawn: {folder / 'rewards.png'}")
