@@ -2,11 +2,11 @@
 
     python benchmarks/grpo_reasoning.py [-o FILE] [--plot FILE] [--seeds 3] [--kills 20]
 
-`first` is the mean reward of the first step, whose answers are the base model's, `last` that of the last ten; `same` says whether the planned run's rewards and final weights are
-the unplanned run's bits; `over` is the most that a planned step took of its budget, which is a third of the unplanned
-peak; `seconds` of one run on one core, what comes before GRPO, compiling and recording included. The killed run has 40
-steps, after few supervised ones, in processes of their own, each killed with SIGKILL after a random time and started
-again; `same` is about its final weights.
+`first` is the mean reward of the first step, whose answers are the base model's, `last` that of the last ten; `same`
+says whether the planned run's rewards and final weights are the unplanned run's bits; `over` is the most that a planned
+step took of its budget, which is a third of the unplanned peak; `seconds` of one run on one core, what comes before
+GRPO, compiling and recording included. The killed run has 40 steps, after few supervised ones, in processes of their
+own, each killed with SIGKILL after a random time and started again; its `same` is about the final weights.
 Exit code 1 when a run does not learn, is over, or differs.
 """
 
