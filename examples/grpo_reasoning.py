@@ -12,6 +12,7 @@ killed goes on where its last checkpoint was, when the same command is given aga
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import string
 from collections.abc import Iterator
@@ -113,6 +114,7 @@ def train(run: Run, folder: Path, budget: int | None) -> Iterator[Seen]:
     """The steps of a run, those before its checkpoint as they were. budget: bytes, None for a step that is not planned.
     The folder's checkpoint is the run's last one, and at the end its result.
     """
+    torch._dynamo.reset()  # it keeps the models of earlier runs of this process
     model = policy(run)
     tasks = make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=0.0)
@@ -124,6 +126,7 @@ def train(run: Run, folder: Path, budget: int | None) -> Iterator[Seen]:
         prepare(run, model, tasks)
         save_checkpoint(checkpoint, step=0, kept=(seen := []), **own)
     yield from (Seen(*values) for values in seen)
+    gc.collect()  # what came before is alive no more
 
     step = make_step(model, GRPOConfig())
     if budget is not None:
