@@ -48,11 +48,12 @@ RIGHT = 1 / 8  # to this
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of: a checkpoint of another one is refused. prompts, group: of a step; every: steps between
-    checkpoints.
+    """What a run is made of: a checkpoint of another one is refused. draws: other questions and answers from the same
+    base; prompts, group: of a step; every: steps between checkpoints.
     """
 
     seed: int = 0
+    draws: int = 0
     steps: int = 120
     prompts: int = 32
     group: int = 8
@@ -79,10 +80,15 @@ def policy(run: Run) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+def questions(run: Run) -> list[Task]:
+    return make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
+
+
 def sampled(run: Run, model: Any, tasks: list[Task], number: int) -> Rollout:
     """The rollout of a step: the same for the same weights."""
-    chosen = random.Random(f"{run.seed} {number}").sample(tasks, run.prompts)
-    seed = 2**20 * run.seed + number
+    own = run.seed + 1000 * run.draws
+    chosen = random.Random(f"{own} {number}").sample(tasks, run.prompts)
+    seed = 2**20 * own + number
     return rollout(
         model, chosen, TOKENIZER, group_size=run.group, max_new_tokens=NEW_TOKENS, shaping=SHAPING, seed=seed
     )
@@ -110,14 +116,15 @@ def prepare(run: Run, model: Any, tasks: list[Task]) -> None:
         optimizer.zero_grad()
 
 
-def train(run: Run, folder: Path, budget: int | None) -> Iterator[Seen]:
+def train(run: Run, folder: Path, budget: int | None, make: Any = torch.optim.AdamW) -> Iterator[Seen]:
     """The steps of a run, those before its checkpoint as they were. budget: bytes, None for a step that is not planned.
-    The folder's checkpoint is the run's last one, and at the end its result.
+    make: the class of the optimizer, or as it is called. The folder's checkpoint is the run's last one, and at the end
+    its result.
     """
     torch._dynamo.reset()  # it keeps the models of earlier runs of this process
     model = policy(run)
-    tasks = make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=0.0)
+    tasks = questions(run)
+    optimizer = make(model.parameters(), lr=run.rate, weight_decay=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     own: dict[str, Any] = {"model": model, "optimizer": optimizer, "made_of": asdict(run) | {"budget": budget}}
     checkpoint = folder / "checkpoint.pt"
@@ -150,7 +157,7 @@ def train(run: Run, folder: Path, budget: int | None) -> Iterator[Seen]:
 def unplanned_peak(run: Run) -> int:
     """Bytes at the peak of a step with its optimizer's states there: of the second one, of any weights."""
     model = policy(run)
-    tasks = make_tasks("spell_backward", run.words, run.seed, min_word_len=3, max_word_len=3)
+    tasks = questions(run)
     optimizer, step = torch.optim.AdamW(model.parameters()), make_step(model, GRPOConfig())
     batch = sampled(run, model, tasks, 0).batch
     for _ in range(2):

@@ -1,5 +1,6 @@
 """The run that learns, at a small size: planned and not the same bits, killed and gone on the same bits, inside."""
 
+import json
 import subprocess
 import sys
 from dataclasses import astuple, replace
@@ -88,3 +89,14 @@ def test_another_run_does_not_go_on(done: tuple[Path, Any]) -> None:
     for change, says in (({"rate": 1e-3}, "rate=0.0003, and this one has rate=0.001"), ({"seed": 1}, "has seed=1")):
         with pytest.raises(MemplanError, match=says):
             next(grpo_reasoning.train(replace(SMALL, **change), folder / "unplanned", None))
+
+
+def test_the_figures_are_those_that_were_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/grpo_reasoning.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for row in found["seeds"]:
+        planned, unplanned = row["planned"], row["unplanned"]
+        assert row["same"] and planned["first"] < 0.2 and planned["last"] > 0.6 and planned["over"] <= 1
+        says = f"| {row['seed']} | {planned['first']:.2f} | {planned['last']:.2f} | {planned['peak'] / 1e6:.1f} MB |"
+        assert f"{says} {unplanned['peak'] / 1e6:.1f} MB |" in text
+    assert found["killed"]["same"] and f"Killed {found['killed']['kills']} times at random moments" in text
