@@ -85,7 +85,7 @@ def test_marks_are_not_memory() -> None:
     kept = torch.ones(1000)
     stop = session.mark({})
     session.end()
-    assert session.between(start, stop) == (4000, 4000)
+    assert session.between(start, stop, {}) == (4000, 4000)
     assert [e.mark for e in session.events if e.mark is not None] == [0, 1, 2]
     assert sum(e.bytes for e in session.events) == 4000
     del kept
