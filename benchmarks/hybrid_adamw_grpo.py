@@ -1,6 +1,6 @@
 """HybridAdamW on a GRPO run that learns (examples/grpo_reasoning.py, not planned), against torch's AdamW.
 
-    python benchmarks/hybrid_adamw_grpo.py [--seeds 5] [-o FILE]
+    python benchmarks/hybrid_adamw_grpo.py [--seeds 5] [--jobs 2] [-o FILE]
 
 For each seed every optimizer starts from the same base and is asked the same questions; answers are drawn from what it
 has learned. `reward` is the mean of the last ten steps, `loss` the mean negative log-probability of the right answers
@@ -14,7 +14,9 @@ import argparse
 import functools
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from memplan.runtime.storages import nbytes
 
 AdamW = torch.optim.AdamW
 RULES: dict[str, tuple[Any, int]] = {  # and which draws of questions and answers
+    "AdamW": (AdamW, 0),
     "AdamW, other draws": (AdamW, 1),
     "threshold 1e-3": (functools.partial(HybridAdamW, threshold=1e-3, every=20), 0),
     "share 0.84": (functools.partial(HybridAdamW, share=0.84, every=20), 0),
@@ -58,22 +61,26 @@ def trained(run: example.Run, make: Any) -> dict[str, float]:
     return {"reward": sum(rewards[-10:]) / 10, "loss": loss.item(), "bytes": nbytes(moments, ("cpu",))}
 
 
+def job(seed: int, name: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    make, draws = RULES[name]
+    return trained(example.Run(seed=seed, draws=draws), make)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--out", default="benchmarks/results/hybrid_adamw_grpo.json")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("AdamW", *RULES)}
-    for seed in range(asked.seeds):
-        run = example.Run(seed=seed)
-        plain = trained(run, AdamW)
-        found["AdamW"].append(plain)
-        for name, (make, draws) in RULES.items():
-            one = trained(replace(run, draws=draws), make)
+    pairs = [(seed, name) for seed in range(asked.seeds) for name in RULES]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in RULES}
+    with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:
+        for (seed, name), one in zip(pairs, pool.map(job, *zip(*pairs, strict=True)), strict=True):
+            plain = found["AdamW"][seed] if name != "AdamW" else one
             percent = {f"{key}_percent": 100 * (one[key] / plain[key] - 1) for key in ("loss", "bytes")}
             found[name].append(one | percent)
-        print(seed, {name: rows[-1] for name, rows in found.items()}, flush=True)
+            print(seed, name, found[name][-1], flush=True)
     save(asked.out, {"run": asdict(example.Run()), "rules": found})
     return 0
 

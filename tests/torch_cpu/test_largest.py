@@ -32,7 +32,7 @@ def needed(step: Callable, batch: object, **options) -> int:
 @pytest.mark.parametrize(
     "machine", [pytest.param(None, id="measured"), pytest.param("rtx4090", id="rtx4090", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("dimension", ["tokens", "batch"])
+@pytest.mark.parametrize("dimension", ["tokens", pytest.param("batch", marks=pytest.mark.slow)])
 def test_it_fits_and_the_next_does_not(dimension: str, machine: str | None) -> None:
     sample, given = LLAMA.make(), {"machine": machine, "inner": "eager"}
     sizes = {"batch": 2, "tokens": 16}
