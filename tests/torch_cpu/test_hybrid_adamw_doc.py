@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "hybrid-adamw.md"
 
 
-def results() -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / "hybrid_adamw.json").read_text())
+def results(name: str = "hybrid_adamw") -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def losses(found: Any) -> Iterator[str]:
@@ -23,6 +23,14 @@ def losses(found: Any) -> Iterator[str]:
             yield f"| {problem} | {rule} | {size:+.1f} | {statistics.mean(loss):+.3f} | {spread} |"
 
 
+def of_grpo(found: Any) -> Iterator[str]:
+    for rule, runs in found["rules"].items():
+        loss = [run["loss_percent"] for run in runs]
+        size, reward = (statistics.mean(run[key] for run in runs) for key in ("bytes_percent", "reward"))
+        spread = f"{min(loss):+.1f} to {max(loss):+.1f}"
+        yield f"| GRPO: {rule} | {size:+.1f} | {statistics.mean(loss):+.1f} | {spread} | {reward:.3f} |"
+
+
 def times(found: Any) -> Iterator[str]:
     for shapes, of in found["times"].items():
         ratios = " | ".join(f"{of[kind]['ratio']:.2f}" for kind in ("float32", "share 0.84", "share 1"))
@@ -31,7 +39,7 @@ def times(found: Any) -> Iterator[str]:
 
 def test_the_figures_are_those_of_the_benchmark() -> None:
     found = results()
-    expected = [*losses(found), *times(found)]
+    expected = [*losses(found), *of_grpo(results("hybrid_adamw_grpo")), *times(found)]
     rows = [line for line in DOC.read_text().splitlines() if line.startswith("|") and re.search(r"\.\d+ \|$", line)]
     assert rows == expected
     assert found["seeds"] >= 5 and found["machine"]["cpu"]
