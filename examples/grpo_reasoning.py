@@ -109,7 +109,7 @@ def prepare(run: Run, model: Any, tasks: list[Task]) -> None:
         if fallen:
             optimizer.param_groups[0]["lr"] = 1e-3
         share = max(RIGHT, 1 - (1 - RIGHT) * fallen / 0.8)
-        ids = torch.tensor([row(task, share) for task in draw.sample(tasks, 64)])  # words of one length: one of rows
+        ids = torch.tensor([row(task, share) for task in draw.sample(tasks, 64)])  # words of one length: rows too
         (-token_logprobs(model, ids)[:, -NEW_TOKENS:].mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
