@@ -110,7 +110,7 @@ def seconds() -> dict[str, float]:
         def run(request: Any) -> None:
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
             how_asked = SamplingParams(**how, logprobs=0, detokenize=False)
-            theirs._llm.generate(asked, how_asked, lora_request=request, use_tqdm=False)
+            theirs.llm.generate(asked, how_asked, lora_request=request, use_tqdm=False)
 
         own = in_turn(lambda: run(LoRARequest("adapter", 1, folder)), lambda: run(None))
     theirs.close()

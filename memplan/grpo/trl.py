@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -26,11 +26,23 @@ import memplan
 from memplan.errors import MemplanError
 from memplan.hf import without_checkpointing
 
+if TYPE_CHECKING:
+    from memplan.runtime.ledger import Ledger
+    from memplan.runtime.vllm import InProcess
+
 Head = Literal["memplan", "trl"]
 Trainer = TypeVar("Trainer")
 
 
-def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **options: Any) -> Trainer:
+def planned(
+    trainer: Trainer,
+    *,
+    budget: Any = None,
+    head: Head = "memplan",
+    ledger: Ledger | None = None,
+    engine: InProcess | None = None,
+    **options: Any,
+) -> Trainer:
     """Let a trl.GRPOTrainer run its passes over the model inside `budget`, and return it.
 
     budget, options: as in torch.compile(backend="memplan", options={...}); {"limits": {"tokens": 4096}} makes the plan
@@ -39,6 +51,9 @@ def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **o
     head: what computes log-probs and entropies from hidden states. "memplan": memplan.linear_logprob, within the plan
         and in tiles of a few MB, with a difference in the last digits; "trl": TRL's own tiles of 32,768 logits a token,
         outside of the plan, which makes room for them.
+    ledger, engine: both or neither. The engine's vLLM samples completions (trl_rollouts.py) with the trainer's weights,
+        in the ledger's phase "rollout"; all else is in its phase "train", and the budget what that has for it. The
+        engine gets leases in the ledger unless it has them; so do the optimizer's states, after its first step.
     The budget is that of the policy's forward and backward; a pass without gradients is compiled and has no plan.
     Gradient checkpointing is switched off: what is computed again is the plan's to decide.
     Raises MemplanError for what is not a GRPOTrainer or one that this cannot plan. In train() a budget that is too
@@ -50,7 +65,12 @@ def planned(trainer: Trainer, *, budget: Any = None, head: Head = "memplan", **o
     if head not in get_args(Head):
         raise MemplanError(f"head {head!r} is not offered: it is {' or '.join(map(repr, get_args(Head)))}")
     any_trainer: Any = trainer
+    ours = _rollouts(budget, ledger, engine)
+    if ours is not None:
+        budget = ours.joined(trainer, ledger, engine)
     passes = _Passes(_heads(head), memplan.compile(_pass, budget=budget, **options))
+    if ours is not None:
+        ours.let_generate(trainer, ledger, engine)
     without_checkpointing(any_trainer)
     method = any_trainer._get_per_token_logps_and_entropies
 
@@ -156,6 +176,21 @@ def _other_names(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
+
+
+def _rollouts(budget: Any, ledger: Any, engine: Any) -> Any:
+    """The module for rollouts by an engine, which imports transformers; None: TRL's own."""
+    if (ledger is None) != (engine is None):
+        raise MemplanError(
+            "ledger= and engine= go together: the engine's cache and the trainer have the device in turn"
+        )
+    if ledger is None:
+        return None
+    if budget is not None:
+        raise MemplanError(f"budget={budget!r} cannot be given beside ledger=: the budget is the ledger's")
+    from memplan.grpo import trl_rollouts
+
+    return trl_rollouts
 
 
 def _overridden(trainer: Any, name: str) -> bool:

@@ -48,7 +48,7 @@ class InProcess:
     def __init__(self, llm: Any, beside: Beside, fixed: int) -> None:
         self.fixed = fixed  # bytes that it took beside weights and cache, when it started
         self.shared: Shared | None = None
-        self._llm, self._beside = llm, beside
+        self.llm, self._beside = llm, beside
         with beside.running():
             self._worker = llm.collective_rpc(_itself)[0]
             self._module: nn.Module = llm.apply_model(_itself)[0]
@@ -123,9 +123,9 @@ class InProcess:
             return 0  # it has nothing any more, and is not in the way of others
         with self._beside.running():
             self._away = True
-            self._llm.sleep(level=0, mode="keep")
-            self._llm.llm_engine.step()  # what has just finished is forgotten only then
-            self._llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+            self.llm.sleep(level=0, mode="keep")
+            self.llm.llm_engine.step()  # what has just finished is forgotten only then
+            self.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
             self._worker.discard(("kv_cache",))
         return 0
 
@@ -134,7 +134,7 @@ class InProcess:
         self._alive()
         with self._beside.running():
             self._worker.wake_up(["kv_cache"])
-            self._llm.wake_up(tags=["scheduling"])
+            self.llm.wake_up(tags=["scheduling"])
             self._away, self._stale = False, True
         return 0
 
@@ -188,7 +188,7 @@ class InProcess:
         are, and the engine runs them. Call it again for the same model with other layers, as after get_peft_model.
         """
         self._alive()
-        base, config = base_of(model), self._llm.llm_engine.vllm_config.model_config
+        base, config = base_of(model), self.llm.llm_engine.vllm_config.model_config
         if self.shared is not None and self.shared.model is not base:
             raise MemplanError("the engine shares another model's weights already: start another engine for this one")
         if layers_of(base) and not config.enforce_eager:
@@ -209,7 +209,7 @@ class InProcess:
         if self.shared is not None:
             self.shared.copy()
         with self._beside.running():
-            self._llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+            self.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         if self.shared is not None:
             self.shared.seen = self.shared.versions()
         self._stale = False
@@ -234,7 +234,7 @@ class InProcess:
     def submit(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> range:
         """Queue prompts. Returns their numbers, which their completions will have."""
         self._alive()
-        known = self._llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
+        known = self.llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
         wanted = [{"prompt_token_ids": prompt} for prompt in checked_prompts(prompts, known)]
         vllm = installed()
         try:
@@ -248,7 +248,7 @@ class InProcess:
             try:
                 for number, prompt in enumerate(wanted, first):
                     self._unfinished[str(number)] = number
-                    self._llm.llm_engine.add_request(str(number), prompt, params.clone())
+                    self.llm.llm_engine.add_request(str(number), prompt, params.clone())
             except BaseException as error:
                 self._abort([str(number) for number in range(first, first + len(wanted))])
                 if not isinstance(error, Exception):
@@ -263,9 +263,9 @@ class InProcess:
         with self._beside.running():
             try:
                 while self._unfinished and steps != 0:
-                    if not self._llm.llm_engine.has_unfinished_requests():
+                    if not self.llm.llm_engine.has_unfinished_requests():
                         raise MemplanError(f"vLLM has lost {len(self._unfinished)} requests: submit them again")
-                    for output in self._llm.llm_engine.step():
+                    for output in self.llm.llm_engine.step():
                         if output.finished:
                             done += _completions(self._unfinished.pop(output.request_id), output)
                     steps = None if steps is None else steps - 1
@@ -277,7 +277,7 @@ class InProcess:
         return sorted(done, key=lambda completion: (completion.prompt, completion.number))
 
     def _abort(self, requests: Iterable[str]) -> None:
-        self._llm.llm_engine.abort_request([r for r in requests if self._unfinished.pop(r, None) is not None])
+        self.llm.llm_engine.abort_request([r for r in requests if self._unfinished.pop(r, None) is not None])
 
     def _ready(self) -> None:
         self._alive()

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "fitting": BELOW_API | {"api", "backend", "compiled"},
     "hf": {"", "compiled", "errors", "here", "ir", "options"},
     "testing": BELOW_API | {"", "api", "backend", "ranking", "steps"},
-    "grpo": {"", "errors", "hf"},
+    "grpo": {"", "errors", "hf", "ir", "runtime"},  # of the runtime what the README has: ledger, tenants, vllm
     "sharing": DATA | {"runtime"},
     "ranking": BELOW_API,
     "here": {"ir", "machines"},

@@ -82,9 +82,9 @@ def test_phases(world: World) -> None:
 def fail_at(world: World, patch: pytest.MonkeyPatch, draw: random.Random) -> str:
     """Let one of the things that a transition does go wrong, before or after it is done, once or twice."""
     name, what = draw.choice(
-        [("discard", world.engine._worker), ("wake_up", world.engine._worker), ("sleep", world.engine._llm),
-         ("wake_up", world.engine._llm), ("reset_prefix_cache", world.engine._llm.llm_engine),
-         ("step", world.engine._llm.llm_engine), ("map", world.states.arena.pages),
+        [("discard", world.engine._worker), ("wake_up", world.engine._worker), ("sleep", world.engine.llm),
+         ("wake_up", world.engine.llm), ("reset_prefix_cache", world.engine.llm.llm_engine),
+         ("step", world.engine.llm.llm_engine), ("map", world.states.arena.pages),
          ("release", world.states.arena.pages)]
     )  # fmt: skip
     real, left, error, late = getattr(what, name), [draw.choice([1, 2])], draw.choice(ERRORS), draw.random() < 0.5

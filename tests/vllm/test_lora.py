@@ -312,7 +312,7 @@ def test_a_layer_that_the_engine_passes_by_is_found(engine: InProcess, monkeypat
 
 
 def test_an_engine_that_is_compiled_is_refused(engine: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._llm.llm_engine.vllm_config.model_config, "enforce_eager", False)
+    monkeypatch.setattr(engine.llm.llm_engine.vllm_config.model_config, "enforce_eager", False)
     engine.share(base := model_of(CONFIGS["llama"]))
     with pytest.raises(MemplanError, match="adapters reach layers that run one by one: start it with enforce_eager"):
         engine.share(adapted(base))

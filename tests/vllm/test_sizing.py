@@ -14,11 +14,11 @@ def test_vllm_makes_as_many_blocks(start: Start, name: str) -> None:
     size = cache_size(CONFIGS[name], "1GB", sequences=16, length=128, itemsize=4)
     assert size.bytes + size.spare == 10**9
     engine = start(name, kv_cache=size.bytes)
-    assert engine._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == size.blocks == 17
+    assert engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == size.blocks == 17
     assert engine.kv_bytes == rounded(size.bytes, PAGE)
     found = engine.generate([[3, 4, 5]] * 16, max_tokens=125, ignore_eos=True)
     assert all(len(c.tokens) == 125 for c in found)
-    assert engine._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.usage == 0
+    assert engine.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.usage == 0
 
 
 def test_less_room_makes_fewer_blocks_and_too_little_is_refused() -> None:
