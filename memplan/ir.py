@@ -146,17 +146,22 @@ class Gap:
 @dataclass(frozen=True)
 class Held:
     """What is there beside a step's own tensors: bytes by kind throughout (existing .grad, optimizer states), and what
-    runs after the step. `notes`: what of it is not known.
+    runs after the step. `notes`: what of it is not known. `fresh`: the most bytes of the step's gradients that stay
+    after it, as there are none by now that they are added to; None: all.
     """
 
     kinds: tuple[tuple[Kind, int], ...] = ()
     gaps: tuple[Gap, ...] = ()
     notes: tuple[str, ...] = ()
+    fresh: int | None = None
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """Bytes throughout, and the most that runs beside them after the step: a peak grows with both."""
-        return sum(size for _, size in self.kinds), max((gap.bytes for gap in self.gaps), default=0)
+    def extent(self) -> tuple[int, int, int]:
+        """Bytes throughout, the most that runs beside them after the step, and of new gradients: a peak grows with
+        each.
+        """
+        fresh = 2**63 if self.fresh is None else self.fresh
+        return sum(size for _, size in self.kinds), max((gap.bytes for gap in self.gaps), default=0), fresh
 
 
 @dataclass(frozen=True)

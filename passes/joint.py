@@ -238,7 +238,7 @@ def compose(parts: Sequence[Part], held: Held, title: str) -> Timeline:
     """The timeline of the step in which the parts ran in this order, forward, and in reverse, backward."""
     sizes, ahead, behind, at = _offsets(parts)
     crossing = links(parts)
-    ends = _gradients(parts, crossing, behind, at, adding=any(kind == "gradient" for kind, _ in held.kinds))
+    ends = _gradients(parts, crossing, behind, at, adding=held.fresh == 0)
     blocks, host = list[Block](), list[Block]()
     for k, part in enumerate(parts):
         first, count = sizes[k][0], sum(sizes[k])

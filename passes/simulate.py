@@ -117,14 +117,17 @@ def _host_block(tensor: Tensor, c: copies.Copy, decision: Offload) -> Block:
 
 def followed(timeline: Timeline, held: Held) -> Timeline:
     """The timeline with what runs after the step: beside its results, which are held until then. Gradients that were
-    added to others are not.
+    added to others are not; where some were, it does not matter which, but how much of them was not.
     """
-    added = any(kind == "gradient" for kind, _ in held.kinds)
     for gap in held.gaps:
         end = len(timeline.moments)
+        new = sum(b.bytes for b in timeline.blocks if b.end == end and b.kind == "gradient")
+        stays = new if held.fresh is None else min(new, held.fresh)
         blocks = [
-            replace(b, end=b.end + (b.end == end and not (added and b.kind == "gradient"))) for b in timeline.blocks
+            replace(b, end=b.end + (b.end == end and (b.kind != "gradient" or stays == new))) for b in timeline.blocks
         ]
+        if 0 < stays < new:
+            blocks.append(Block("new gradients", stays, "gradient", end, end + 1))
         blocks.append(Block(gap.name, gap.bytes, "temporary", end, end + 1))
         moments = (*timeline.moments, Moment(gap.name, timeline.seconds, "optimizer"))
         timeline = replace(timeline, moments=moments, blocks=tuple(blocks))

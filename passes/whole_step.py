@@ -68,7 +68,7 @@ class Joint:
     variants: tuple[Variant, ...]
     sizes: tuple[tuple[int, ...], ...]
     gaps: tuple[Gap | None, ...]
-    held: tuple[int, int]
+    held: tuple[int, int, int]
 
 
 @dataclass

@@ -64,6 +64,7 @@ class Watch:
         devices = {p.device.type for p in parameters}
         grads = nbytes((p.grad for p in parameters if p.grad is not None), devices)
         own = {id(a) for a in arguments}
+        fresh = nbytes((p for p in parameters if p.requires_grad and p.grad is None), devices) if grads else None
         there = list(self._states())
         states = max(nbytes(there, devices), sum(f.states for f in self.foreseen))
         states -= nbytes((state for state in there if id(state) in own), devices)
@@ -72,7 +73,7 @@ class Watch:
         most, name = max([*seen, *((f.transient or 0, f.name) for f in self.foreseen)], default=(0, ""))
         gaps = (Gap(name, most),) if most else ()
         notes = (*self.notes, *(UNSEEN.format(name) for name in self._unseen()))
-        return Held(tuple((kind, size) for kind, size in kinds if size), gaps, notes)
+        return Held(tuple((kind, size) for kind, size in kinds if size), gaps, notes, fresh)
 
     def _unseen(self) -> list[str]:
         """The steps of which it is not known yet what they take."""

@@ -69,6 +69,59 @@ class Own(torch.optim.AdamW):
     """Not torch's own: nothing is known of what its step does."""
 
 
+class Two(nn.Module):
+    """Two heads; an optimizer that has one of them leaves the other's gradient where it is."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(ROWS.shape[1], 256, bias=False)
+        self.one, self.other = (nn.Linear(256, 4096, bias=False) for _ in range(2))
+        self.breaks = breaks
+
+    def forward(self, x):
+        y = torch.tanh(self.body(x))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.one(y).square().mean() + self.other(y).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("breaks", [False, True])
+def test_gradients_of_which_some_are_added_to(breaks) -> None:
+    torch._dynamo.reset()
+    net = Two(breaks)
+    optimizer = torch.optim.AdamW([*net.body.parameters(), *net.one.parameters()])
+
+    def train(step) -> None:
+        step(ROWS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def planned(budget):
+        return memplan.compile(lambda x: net(x), budget=budget, inner="eager")
+
+    ample = planned(10**9)
+    for _ in range(3):  # the last head's gradient is there, and the optimizer has its states
+        train(ample)
+    assert [p.grad is None for p in net.parameters()] == [True, True, False]
+    held = [net.other.weight.grad, *(s for of in optimizer.state.values() for s in of.values())]
+    budget, step = 1, planned(1)
+    for _ in range(8):  # of several graphs the later ones are refused later
+        try:
+            train(step)
+            break
+        except (DoesNotFit, torch._dynamo.exc.BackendCompilerFailed) as error:
+            refused = error if isinstance(error, DoesNotFit) else error.inner_exception
+            assert isinstance(refused, DoesNotFit) and refused.smallest > budget
+            budget, step = refused.smallest, planned(refused.smallest)
+    train(step)
+    with memplan.record("cpu") as seen:
+        train(step)
+    base = sum(t.nbytes for t in (*held, *net.parameters(), ROWS))
+    assert budget - 400_000 < seen.timeline.peak_above_base + base <= budget  # 131_072 are one activation
+
+
 def test_states_of_others_optimizers_are_learned(made) -> None:
     net = network()
     optimizer = Own(net.parameters())

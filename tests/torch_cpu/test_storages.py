@@ -108,10 +108,44 @@ def test_a_step_that_cannot_be_seen_is_not_counted() -> None:
     for k in range(3):
         optimizer.step()
         assert stepped.peaks == [4004] * min(k + 1, 2)
-    assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
+        assert stepped.known is (k > 0)
     assert not any("not known yet" in note for note in watch.held(given).notes)
     again = Watch()
     assert [gap.bytes for gap in again.held(given).gaps] == [4004]  # what was seen is known to all
+
+
+class OneByOne(torch.optim.SGD):
+    """Its step takes as much as the largest parameter that has a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            torch.ones_like(p).sum()
+
+
+def test_a_step_that_updates_more_than_those_before_is_looked_at() -> None:
+    """A branch that is taken late, or a layer that is trained from some step on."""
+    optimizer = OneByOne([*parameters(), late := nn.Parameter(torch.zeros(1000))], lr=0.1)
+    watch = Watch()
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    late.requires_grad_(False)
+    watch.held(given)
+    (stepped,) = watch.stepped
+    for _ in range(3):
+        optimizer.step()
+    assert stepped.peaks == [2004] * 2 and stepped.known
+    late.requires_grad_(True)
+    assert not stepped.known and any("not known yet" in note for note in watch.held(given).notes)
+    optimizer.step()  # that it may have a gradient is no gradient
+    assert stepped.peaks == [2004] * 2
+    late.grad = torch.zeros(1000)
+    for k in range(3):
+        optimizer.step()
+        assert stepped.peaks[2:] == [4004] * min(k + 1, 2)
+    assert stepped.known and [gap.bytes for gap in watch.held(given).gaps] == [4004]
+    late.grad = None  # what has been seen is not measured again
+    optimizer.step()
+    assert len(stepped.peaks) == 4 and stepped.known
 
 
 def test_planning_leaves_the_optimizer_alone() -> None:

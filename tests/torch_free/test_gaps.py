@@ -53,9 +53,12 @@ def test_what_follows_a_step_is_beside_its_results_alone() -> None:
     blocks = (
         Block("activation", 100, "activation", 0, 2),
         Block("gradient", 10, "gradient", 2, 3),
+        Block("another", 7, "gradient", 1, 3),
         Block("result", 1, "temporary", 0, 3),
     )
     timeline = Timeline("step", "predicted", tuple(Moment(str(i), i) for i in range(3)), blocks)
     gaps = (Gap("AdamW.step()", 50),)
-    assert followed(timeline, Held((), gaps)).totals == (101, 101, 11, 61)
-    assert followed(timeline, Held((("gradient", 10),), gaps)).totals == (101, 101, 11, 51)
+    assert followed(timeline, Held((), gaps)).totals == (101, 108, 18, 68)
+    assert followed(timeline, Held((), gaps, fresh=40)).totals == (101, 108, 18, 68)
+    assert followed(timeline, Held((("gradient", 17),), gaps, fresh=0)).totals == (101, 108, 18, 51)
+    assert followed(timeline, Held((("gradient", 10),), gaps, fresh=7)).totals == (101, 108, 18, 58)
