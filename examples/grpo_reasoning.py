@@ -221,7 +221,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=Run.steps)
     parser.add_argument("--seed", type=int, default=Run.seed)
     given = parser.parse_args()
+    if given.steps < 1:
+        parser.error(f"--steps {given.steps} trains nothing: it takes 1 or more")
     try:
+        given.out.mkdir(parents=True, exist_ok=True)
         main(given.out, Run(seed=given.seed, steps=given.steps))
     except memplan.MemplanError as error:
         raise SystemExit(f"grpo_reasoning: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"grpo_reasoning: cannot write to {given.out}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("grpo_reasoning: interrupted; the same command goes on from the last checkpoint") from None
