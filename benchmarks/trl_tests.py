@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -59,6 +59,9 @@ IDS = re.compile(r"\b1516[45]\d\b")  # of Qwen2.5's last tokens, where a test wr
 HUB = re.compile(r"\b(?:trl-internal-testing|Qwen|HuggingFaceTB)/[\w.-]+")
 
 
+Least = MutableMapping[tuple[Any, ...], int]  # budgets, by what a trainer trains
+
+
 @dataclass
 class Seen:
     """What memplan did in one try of a test."""
@@ -74,9 +77,10 @@ class Seen:
 class Switch:
     """A pytest plugin: runs each test with memplan off or on, and keeps what came out."""
 
-    def __init__(self, on: bool, folder: Path, part: tuple[int, int], epochs: float, known: set[str]) -> None:
-        self.on, self.folder, self.part, self.epochs, self.known = on, folder, part, epochs, known
-        self.least: dict[Any, int] = {}  # budgets, by what a trainer trains
+    def __init__(
+        self, on: bool, folder: Path, part: tuple[int, int], epochs: float, known: set[str], least: Least
+    ) -> None:
+        self.on, self.folder, self.part, self.epochs, self.known, self.least = on, folder, part, epochs, known, least
         self.found: dict[str, dict[str, Any]] = {}
         self.seen = Seen()
 
@@ -180,13 +184,13 @@ def _outcome(reports: list[pytest.TestReport]) -> tuple[str, str]:
 
 
 def run(
-    tests: Path, folder: Path, chosen: str, epochs: float, known: set[str], part: tuple[int, int]
+    tests: Path, folder: Path, chosen: str, epochs: float, known: set[str], least: Least, part: tuple[int, int]
 ) -> list[dict[str, dict[str, Any]]]:
     """By test of a part: what came out, with memplan off and on."""
     torch.set_num_threads(1)
     arguments = [str(tests), "-q", "-p", "no:cacheprovider", "--no-header", "--no-summary", "--show-capture=no", "-s"]
     arguments += ["-c", os.devnull, "--rootdir", str(folder), "-m", "", "-k", chosen]
-    both = [Switch(on, folder, part, epochs, known) for on in (False, True)]
+    both = [Switch(on, folder, part, epochs, known, least) for on in (False, True)]
     for switch in both:
         pytest.main(arguments, plugins=[switch])
     return [switch.found for switch in both]
@@ -242,12 +246,17 @@ def main() -> int:
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows: dict[str, dict[str, Any]] = before["found"] if {k: before.get(k) for k in head} == head else {}
     known, parts = set(rows), 1 + text.count(b"def test_") // PART
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        context.Manager() as shared,
+        ProcessPoolExecutor(args.jobs, context) as pool,
+    ):
         folder = Path(name).resolve()
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         for size, vocabulary in {"long": trl_standins.LONG, "short": trl_standins.SHORT}.items():
             trl_standins.write(folder / size, vocabulary, text.decode())
-        given = copied(args.tests.resolve(), folder), folder, args.chosen, args.epochs, known
+        given = copied(args.tests.resolve(), folder), folder, args.chosen, args.epochs, known, shared.dict()
         for done in as_completed([pool.submit(run, *given, (part, parts)) for part in range(parts)]):
             off, on = done.result()
             for test, control in off.items():

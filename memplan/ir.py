@@ -157,11 +157,12 @@ class Held:
 
     @property
     def extent(self) -> tuple[int, int, int]:
-        """Bytes throughout, the most that runs beside them after the step, and of new gradients: a peak grows with
-        each.
+        """Bytes throughout, the most that runs beside them after the step, and with the gradients that are new by then:
+        a peak grows with each.
         """
-        fresh = 2**63 if self.fresh is None else self.fresh
-        return sum(size for _, size in self.kinds), max((gap.bytes for gap in self.gaps), default=0), fresh
+        there = sum(size for _, size in self.kinds)
+        after = 2**63 if self.fresh is None else there + self.fresh
+        return there, max((gap.bytes for gap in self.gaps), default=0), after
 
 
 @dataclass(frozen=True)

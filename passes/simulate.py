@@ -119,10 +119,11 @@ def followed(timeline: Timeline, held: Held) -> Timeline:
     """The timeline with what runs after the step: beside its results, which are held until then. Gradients that were
     added to others are not; where some were, it does not matter which, but how much of them was not.
     """
+    some = any(kind == "gradient" for kind, _ in held.kinds)
     for gap in held.gaps:
         end = len(timeline.moments)
         new = sum(b.bytes for b in timeline.blocks if b.end == end and b.kind == "gradient")
-        stays = new if held.fresh is None else min(new, held.fresh)
+        stays = min(new, held.fresh) if some and held.fresh is not None else new
         blocks = [
             replace(b, end=b.end + (b.end == end and (b.kind != "gradient" or stays == new))) for b in timeline.blocks
         ]

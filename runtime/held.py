@@ -64,7 +64,7 @@ class Watch:
         devices = {p.device.type for p in parameters}
         grads = nbytes((p.grad for p in parameters if p.grad is not None), devices)
         own = {id(a) for a in arguments}
-        fresh = nbytes((p for p in parameters if p.requires_grad and p.grad is None), devices) if grads else None
+        fresh = nbytes((p for p in parameters if p.requires_grad and p.grad is None), devices)
         there = list(self._states())
         states = max(nbytes(there, devices), sum(f.states for f in self.foreseen))
         states -= nbytes((state for state in there if id(state) in own), devices)

@@ -23,7 +23,9 @@ from transformers import TrainerCallback
 
 from memplan.errors import MemplanError
 from memplan.runtime import optimizers
-from memplan.runtime.tenants import moved_in
+from memplan.runtime.ledger import PHASES
+from memplan.runtime.storages import nbytes
+from memplan.runtime.tenants import Resident, moved_in
 
 if TYPE_CHECKING:
     from memplan.ir import Budget
@@ -68,7 +70,9 @@ class Rollouts:
 
 
 class StatesLeave(TrainerCallback):
-    """After the first step of an optimizer: its states get a lease, and are on the host in rollouts from then on."""
+    """After the first step of an optimizer: its states get a lease, and are on the host in rollouts from then on.
+    Those that cannot move, as they share storages, have one for all phases.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self._seen = ledger, None
@@ -88,6 +92,8 @@ class StatesLeave(TrainerCallback):
             states = moved_in(tensors)
         except MemplanError as error:
             log.warning("the optimizer's states stay on the device in rollouts: %s", error)
+            there = Resident(nbytes(tensors, {t.device.type for t in tensors}))
+            self.ledger.lease("optimizer", there, there.resident, PHASES)
         else:
             self.ledger.lease("optimizer", states, states.arena.size, ("train",))
 

@@ -29,6 +29,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils
 
 from memplan.grpo.trl import planned
+from memplan.grpo.trl_rollouts import StatesLeave
+from memplan.runtime.ledger import Ledger
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -322,3 +324,30 @@ def test_what_is_refused(runs, monkeypatch):
     planned(trainer)
     with pytest.raises(MemplanError, match="this trainer is planned already"):
         planned(trainer)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_states_that_cannot_leave_in_rollouts_are_counted_there(tmp_path, shared) -> None:
+    """A ledger without an engine: what StatesLeave leases after an optimizer's first step, and after another's."""
+    ledger, p = Ledger("1GB", folder=tmp_path), torch.nn.Parameter(torch.ones(2**20))
+    callback = StatesLeave(ledger)
+    callback.on_step_end(None, None, None, optimizer=torch.optim.AdamW([p]))
+    assert not ledger.leases  # it has no states yet
+    for _ in range(2):
+        optimizer = torch.optim.AdamW([p])
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        if shared:
+            both = torch.zeros(2, *p.shape)
+            optimizer.state[p] |= {"exp_avg": both[0], "exp_avg_sq": both[1]}
+        for _ in range(2):
+            callback.on_step_end(None, None, None, optimizer=optimizer)
+        lease = ledger.leases["optimizer"]
+        assert 8 * 2**20 <= lease.bytes < 11 * 2**20
+        assert lease.phases == ({"rollout", "score", "train"} if shared else {"train"})
+        before = optimizer.state[p]["exp_avg"].clone()
+        for phase in ("rollout", "train"):
+            with ledger.phase(phase):
+                assert ledger.leases["optimizer"].state == ("resident" if shared or phase == "train" else "backed up")
+        assert torch.equal(optimizer.state[p]["exp_avg"], before)
+    ledger.close()

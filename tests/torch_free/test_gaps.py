@@ -59,6 +59,16 @@ def test_what_follows_a_step_is_beside_its_results_alone() -> None:
     timeline = Timeline("step", "predicted", tuple(Moment(str(i), i) for i in range(3)), blocks)
     gaps = (Gap("AdamW.step()", 50),)
     assert followed(timeline, Held((), gaps)).totals == (101, 108, 18, 68)
-    assert followed(timeline, Held((), gaps, fresh=40)).totals == (101, 108, 18, 68)
+    assert followed(timeline, Held((), gaps, fresh=10)).totals == (101, 108, 18, 68)  # a view of what is larger
     assert followed(timeline, Held((("gradient", 17),), gaps, fresh=0)).totals == (101, 108, 18, 51)
     assert followed(timeline, Held((("gradient", 10),), gaps, fresh=7)).totals == (101, 108, 18, 58)
+
+
+def test_room_for_what_is_held_is_room_for_less() -> None:
+    """A plan that holds with all gradients there holds with some and with none, and not with more of anything."""
+    gaps, kinds = (Gap("AdamW.step()", 50),), (("gradient", 17), ("optimizer_state", 30))
+    most = Held(kinds, gaps, fresh=0).extent
+    fewer = [Held((("gradient", 10), kinds[1]), gaps, fresh=7), Held(kinds[1:], gaps, fresh=17)]
+    more = [Held(kinds, gaps, fresh=1), Held(kinds, (Gap("", 51),), fresh=0), Held(kinds[1:], gaps)]
+    assert all(a <= b for held in fewer for a, b in zip(held.extent, most, strict=True))
+    assert all(any(a > b for a, b in zip(held.extent, most, strict=True)) for held in more)
