@@ -95,9 +95,9 @@ class Watch:
             thread.join()
 
 
-def example_of() -> Any:
-    """The example, as a module of its own."""
-    spec = importlib.util.spec_from_file_location("grpo_with_vllm", EXAMPLE)
+def example_of(path: Path = EXAMPLE) -> Any:
+    """An example, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

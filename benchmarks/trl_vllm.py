@@ -12,27 +12,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.engine import M_MMAP_THRESHOLD, MIB, SLACK, Watch
+from benchmarks.engine import M_MMAP_THRESHOLD, MIB, SLACK, Watch, example_of
 from benchmarks.machine import save
 from memplan import memory
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "06_trl_with_vllm.py"
-
-
-def example_of() -> Any:
-    """The example, as a module of its own."""
-    spec = importlib.util.spec_from_file_location("trl_with_vllm", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
 
 
 class PhaseWatch(Watch):
@@ -47,7 +37,7 @@ def figures(steps: int) -> dict[str, Any]:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     from transformers import TrainerCallback
 
-    example = example_of()
+    example = example_of(EXAMPLE)
     trainer, ledger, engine = example.run(steps)
     watch, base = PhaseWatch(), list[int]()
     watch.ledger = ledger
