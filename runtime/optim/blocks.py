@@ -1,8 +1,9 @@
 """How the states of HybridAdamW lie in memory: two tensors for each moment, and which block is in which.
 
-A state: `step`, a float32 scalar on the CPU; `low` [blocks], bool; and for each moment `exp_avg` and `exp_avg_sq`:
-`.._low`, bfloat16, the low blocks one after the other, and `.._high`, float32, the other blocks and then the values
-that are left of less than a block. In: states and which blocks shall be low. Out: states of that form.
+A state: `step`, a float32 scalar, and `low` [blocks], bool, both on the CPU, where each step reads them; and for each
+moment `exp_avg` and `exp_avg_sq`: `.._low`, bfloat16, the low blocks one after the other, and `.._high`, float32, the
+other blocks and then the values that are left of less than a block. In: states and which blocks shall be low. Out:
+states of that form.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def flat(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The values of `t` [numel] in the order in which those of `like`, a parameter, lie in memory: a view, or a copy
     where it lies otherwise. Raises MemplanError for a parameter that has holes, or values twice.
     """
+    if t.is_contiguous() and like.is_contiguous():
+        return t.detach().view(-1)
     if not _fills(like):
         raise MemplanError(
             f"a parameter of shape {list(like.shape)} and strides {list(like.stride())} does not fill its memory, "
@@ -48,11 +51,15 @@ def _fills(t: torch.Tensor) -> bool:
 def new_state(p: torch.Tensor, low: torch.Tensor, count: int) -> State:
     """The state of a parameter before its first step; `count` of the blocks are `low`."""
     sizes = {"low": count * BLOCK, "high": p.numel() - count * BLOCK}
-    state = {"step": torch.zeros((), device="meta" if p.is_meta else "cpu"), "low": low}
+    state = {"step": torch.zeros((), device=_host(p)), "low": low}
     for moment in MOMENTS:
         for kind, size in sizes.items():
             state[f"{moment}_{kind}"] = torch.zeros(size, dtype=DTYPES[kind], device=p.device)
     return state
+
+
+def _host(p: torch.Tensor) -> str:
+    return "meta" if p.is_meta else "cpu"
 
 
 def layout(state: State) -> tuple[int, int]:
@@ -68,10 +75,10 @@ def rows_of(low: torch.Tensor, kind: bool, count: int) -> torch.Tensor:
 
 def mean_squares(state: State, at_once: int) -> torch.Tensor:
     """The mean second moment of each block [blocks]."""
-    means = torch.empty(state["low"].numel(), device=state["low"].device)
+    means = torch.empty(state["low"].numel(), device=state["exp_avg_low"].device)
     for kind, n in zip(DTYPES, layout(state), strict=True):
         for rows, part in _parts(state["low"], kind, n, state[f"exp_avg_sq_{kind}"], at_once):
-            means.index_copy_(0, rows, part.float().mean(1))
+            means.index_copy_(0, rows.to(means.device), part.float().mean(1))
     return means
 
 
@@ -86,7 +93,7 @@ def repack(state: State, low: torch.Tensor, count: int, at_once: int, generator:
         old = {kind: state[f"{moment}_{kind}"] for kind in DTYPES}
         rest = old["high"][blocks * BLOCK - old["low"].numel() :]
         for kind, n, tail in (("low", count, rest[:0]), ("high", blocks - count, rest)):
-            new = torch.empty(n * BLOCK + tail.numel(), dtype=DTYPES[kind], device=low.device)
+            new = torch.empty(n * BLOCK + tail.numel(), dtype=DTYPES[kind], device=tail.device)
             for rows, part in _parts(low, kind, n, new, at_once):
                 values = _read(old, was, rows)
                 if kind == "low":
@@ -110,7 +117,7 @@ def restored(state: Mapping[str, Any], p: torch.Tensor) -> State:
             f"HybridAdamW's of {p.numel()} values: load what state_dict() of one over the same parameters returned"
         )
     dtypes = {name: DTYPES[name.rpartition("_")[2]] for name in names} | {"step": torch.float32, "low": torch.bool}
-    return {name: state[name].to(dtypes[name]) for name in sizes}
+    return {name: state[name].to(p.device if name in names else _host(p), dtypes[name]) for name in sizes}
 
 
 def _parts(
@@ -130,7 +137,7 @@ def _read(held: Mapping[str, torch.Tensor], low: torch.Tensor, rows: torch.Tenso
         blocks = values[: values.numel() // BLOCK * BLOCK].view(-1, BLOCK)
         if len(blocks):
             place = (low == (kind == "low")).cumsum(0)[rows].sub_(1).clamp_(0, len(blocks) - 1)
-            found[kind] = blocks.index_select(0, place).float()
+            found[kind] = blocks.index_select(0, place.to(blocks.device)).float()
     if len(found) == 1:
         return next(iter(found.values()))
-    return torch.where(low[rows, None], found["low"], found["high"])
+    return torch.where(low[rows, None].to(found["low"].device), found["low"], found["high"])

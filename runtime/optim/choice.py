@@ -30,7 +30,7 @@ def squares_of(p: torch.Tensor, state: State | None, group: dict[str, Any]) -> t
 
 
 def lowest(squares: list[torch.Tensor], group: dict[str, Any]) -> list[tuple[torch.Tensor, int]]:
-    """For each parameter which blocks are low, [blocks] as bool, and how many."""
+    """For each parameter which blocks are low, [blocks] as bool on the CPU, and how many."""
     sizes = [s.numel() for s in squares]
     if not squares:
         return []
@@ -45,7 +45,7 @@ def lowest(squares: list[torch.Tensor], group: dict[str, Any]) -> list[tuple[tor
         low = torch.zeros_like(together, dtype=torch.bool)
         low[together.argsort(stable=True)[: math.ceil(group["share"] * len(together))]] = True
         lows = [part.clone() for part in torch.split(low, sizes)]
-    return [(low, int(low.sum())) for low in lows]
+    return [(low, int(low.sum())) for low in (low.cpu() for low in lows)]
 
 
 def _counts_without_data(sizes: list[int], group: dict[str, Any]) -> list[int]:

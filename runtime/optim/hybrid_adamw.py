@@ -6,8 +6,8 @@ others and what is left of less than a block in another, so what a block does no
 at a parameter's first step and again every `every` steps, from the root mean square of each block's gradients, over the
 time that the second moment looks back on (at the first step: of that gradient). Values are rounded to bfloat16 up or
 down by chance (rounding.py), or a second moment would stand still: a step changes it by 1/1000, bfloat16 by 1/256.
-Must hold: with no block low, the arithmetic is that of torch's foreach AdamW, op by op. The random numbers of a step
-follow from the seed and the number of the step, so that a run that was saved and loaded goes on bit for bit.
+Must hold: with no block low, the bits are those of torch's fused AdamW. The random numbers of a step follow from the
+seed and the number of the step, so that a run that was saved and loaded goes on bit for bit.
 What a step takes beside the states is bounded by `at_once`, and by one moment of one parameter while blocks are chosen.
 """
 
@@ -32,7 +32,7 @@ class HybridAdamW(torch.optim.Optimizer):
     `threshold`: blocks whose gradients are below it on average (root mean square) are in bfloat16; 1e-3 unless `share`
     is given. `share`, 0 to 1: that part of a group's blocks is, those of the smallest gradients; then the bytes are
     known ahead, 8 - 4 * share for each value. `every`: steps from one choice to the next. `seed`: of the rounding.
-    `at_once`: how many values are updated at a time; a step takes up to 30 bytes for each of them.
+    `at_once`: how many values are updated at a time; a step takes up to 17 bytes for each of them.
     Raises MemplanError for what it cannot do, with what can be done.
     """
 
@@ -51,7 +51,7 @@ class HybridAdamW(torch.optim.Optimizer):
         share: float | None = None,
         every: int = 100,
         seed: int = 0,
-        at_once: int = 2**17,
+        at_once: int = 2**18,
     ) -> None:
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,

@@ -1,7 +1,10 @@
 """AdamW's arithmetic on blocks of both kinds, some at a time.
 
-In: parameters with gradients and states. Out: both updated in place. What is low is copied to float32, updated as
-torch's foreach has it, rounded, and copied back. Must hold: no more than `at_once` values are copied at a time.
+In: parameters with gradients and states. Out: both updated in place, by torch's fused AdamW. Where a part of a
+parameter has low blocks, its moments are copied to float32 and brought into the order of the blocks, and afterwards
+brought back, rounded and stored; values and gradients stay where they are. Must hold: no more than `at_once` values are
+updated at a time; what has no low block is cut between blocks alone, which is where the fused loop's vectors end too,
+so that its bits are those of one call for the whole.
 """
 
 from __future__ import annotations
@@ -12,124 +15,140 @@ from typing import Any
 
 import torch
 
-from memplan.runtime.optim.blocks import BLOCK, State, flat, layout, rows_of
+from memplan.runtime.optim.blocks import BLOCK, State, flat
 from memplan.runtime.optim.rounding import round_
+
+Moments = tuple[torch.Tensor, torch.Tensor]
 
 
 def update(parameters: list[torch.Tensor], states: list[State], group: dict[str, Any], generator: Any) -> None:
     """One step of each parameter, whose state's `step` counts it already."""
-    pieces = (piece for p, state in zip(parameters, states, strict=True) for piece in _pieces(p, state))
-    for batch in _batches(pieces, group["at_once"]):
-        _update(batch, group, generator)
+    both = list(zip(parameters, states, strict=True))
+    mixed = min(group["at_once"], sum(p.numel() for p, state in both if state["exp_avg_low"].numel()))
+    scratch = torch.empty(4 * mixed, device=parameters[0].device)
+    # One at a time: a gradient that lies in another order than its parameter is copied.
+    for batch in _batches((_Part.of(p, state) for p, state in both), group["at_once"]):
+        _update(batch, group, generator, scratch)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A part of a parameter that is updated in one go: all flat, or all [rows, BLOCK] of which `rows` are meant."""
+class _Part:
+    """Consecutive values of a parameter [n] and their moments: those of the `low` blocks that `flags` [blocks] names,
+    and the others, with what is left of less than a block at the end.
+    """
 
     value: torch.Tensor
     grad: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
     step: torch.Tensor
-    rows: torch.Tensor | None = None
+    flags: torch.Tensor
+    lows: Moments
+    highs: Moments
 
-    def cut(self, values: int) -> Iterator[_Piece]:
-        """Pieces of so many values, and the rest."""
-        if self.rows is None:
-            for a, b in ((0, values), (values, len(self.value))):
-                m, v = self.exp_avg[a:b], self.exp_avg_sq[a:b]
-                yield _Piece(self.value[a:b], self.grad[a:b], m, v, self.step)
-            return
-        n = values // BLOCK
-        for a, b in ((0, n), (n, len(self.rows))):
-            m, v = self.exp_avg[a:b], self.exp_avg_sq[a:b]
-            yield _Piece(self.value, self.grad, m, v, self.step, self.rows[a:b])
+    @classmethod
+    def of(cls, p: torch.Tensor, state: State) -> _Part:
+        assert p.grad is not None
+        lows, highs = ((state[f"exp_avg_{kind}"], state[f"exp_avg_sq_{kind}"]) for kind in ("low", "high"))
+        return cls(flat(p, p), flat(p.grad, p), state["step"], state["low"], lows, highs)
 
+    @property
+    def low(self) -> int:
+        return self.lows[0].numel() // BLOCK
 
-def _pieces(p: torch.Tensor, state: State) -> Iterator[_Piece]:
-    """A parameter's low blocks, the others, and the rest of less than a block."""
-    assert p.grad is not None
-    value, grad, step = flat(p, p), flat(p.grad, p), state["step"]
-    low, high = layout(state)
-    body = (low + high) * BLOCK
-    moments = [(state[f"exp_avg_{kind}"], state[f"exp_avg_sq_{kind}"]) for kind in ("low", "high")]
-    if low and high:
-        of_rows = (value[:body].view(-1, BLOCK), grad[:body].view(-1, BLOCK))
-        for (m, v), n, is_low in zip(moments, (low, high), (True, False), strict=True):
-            m, v = (t[: n * BLOCK].view(n, BLOCK) for t in (m, v))
-            yield _Piece(*of_rows, m, v, step, rows_of(state["low"], is_low, n))
-        rest, start = high * BLOCK, body
-    else:
-        if low:
-            yield _Piece(value[:body], grad[:body], *moments[0], step)
-        rest, start = 0, low * BLOCK
-    if start < len(value):
-        m, v = moments[1]
-        yield _Piece(value[start:], grad[start:], m[rest:], v[rest:], step)
+    def between(self, begin: int, end: int, low: int) -> tuple[_Part, int]:
+        """Its values from `begin`, the beginning of a block before which `low` are low, to `end`; and how many are low
+        before `end`. Without data, as many as can be.
+        """
+        if end - begin == self.value.numel():
+            return self, self.low
+        flags = self.flags[begin // BLOCK : end // BLOCK]
+        until = low
+        if self.low:
+            until += min(self.low - low, len(flags)) if flags.is_meta else int(flags.sum())
+        lows, highs = slice(low * BLOCK, until * BLOCK), slice(begin - low * BLOCK, end - until * BLOCK)
+        part = _Part(
+            self.value[begin:end], self.grad[begin:end], self.step, flags,
+            (self.lows[0][lows], self.lows[1][lows]), (self.highs[0][highs], self.highs[1][highs]),
+        )  # fmt: skip
+        return part, until
 
 
-def _batches(pieces: Iterable[_Piece], at_once: int) -> Iterator[list[_Piece]]:
-    """The pieces, cut, `at_once` values in each list."""
-    batch: list[_Piece] = []
+def _batches(whole: Iterable[_Part], at_once: int) -> Iterator[list[_Part]]:
+    """All values, up to `at_once` in each list, cut between blocks. What is left of less than a block is a part of its
+    own if other blocks of it are low.
+    """
+    batch: list[_Part] = []
     room = at_once
-    for piece in pieces:
-        while piece.exp_avg.numel() >= room:
-            first, piece = piece.cut(room - room % BLOCK)
-            yield [*batch, first] if first.exp_avg.numel() else batch
-            batch, room = [], at_once
-        if piece.exp_avg.numel():
-            batch.append(piece)
-            room -= piece.exp_avg.numel()
+    for x in whole:
+        at, low, size = 0, 0, x.value.numel()
+        while at < size:
+            body = size - size % BLOCK
+            end = size if not x.low or at == body else body
+            if end - at > room:
+                end = at + room - room % BLOCK
+            if end > at:
+                part, low = x.between(at, end, low)
+                batch.append(part)
+                room -= end - at
+                at = end
+            if at < size and room < min(BLOCK, size - at):
+                yield batch
+                batch, room = [], at_once
     if batch:
         yield batch
 
 
-def _update(batch: list[_Piece], group: dict[str, Any], generator: torch.Generator | None) -> None:
-    """AdamW, as torch's foreach has it (torch/optim/adam.py, _multi_tensor_adam), on float32 copies of what is low."""
-    low = [x for x in batch if x.exp_avg.dtype == torch.bfloat16]
-    stored = [x.exp_avg for x in low] + [x.exp_avg_sq for x in low]
-    sizes = [t.numel() for t in stored]
-    buffer = torch.empty(sum(sizes), device=batch[0].value.device)
-    copies = [part.view_as(t) for part, t in zip(torch.split(buffer, sizes), stored, strict=True)] if low else []
-    if low:
-        torch._foreach_copy_(copies, stored)
-    rest = [x for x in batch if x.exp_avg.dtype != torch.bfloat16]
-    pieces = low + rest
-    exp_avgs = copies[: len(low)] + [x.exp_avg for x in rest]
-    exp_avg_sqs = copies[len(low) :] + [x.exp_avg_sq for x in rest]
-    values = [x.value if x.rows is None else x.value.index_select(0, x.rows) for x in pieces]
-    _adamw(values, [_grad(x) for x in pieces], exp_avgs, exp_avg_sqs, [x.step for x in pieces], group)
-    for x, value in zip(pieces, values, strict=True):
-        if x.rows is not None:
-            x.value.index_copy_(0, x.rows, value)
-    del values
-    if low:
-        round_(buffer.view(2, -1), generator)
-        torch._foreach_copy_(stored, copies)  # exact now
-
-
-def _grad(x: _Piece) -> torch.Tensor:
-    return x.grad if x.rows is None else x.grad.index_select(0, x.rows)
-
-
-def _adamw(
-    values: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    steps: list[torch.Tensor],
-    group: dict[str, Any],
+def _update(
+    batch: list[_Part], group: dict[str, Any], generator: torch.Generator | None, scratch: torch.Tensor
 ) -> None:
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    counts = [1.0 if step.is_meta else step.item() for step in steps]
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    grads.clear()  # copies go
-    roots = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(roots, [(1 - beta2**n) ** 0.5 for n in counts])
-    torch._foreach_add_(roots, group["eps"])
-    torch._foreach_addcdiv_(values, exp_avgs, roots, [-(lr / (1 - beta1**n)) for n in counts])
+    """`scratch` [4 n] float32 holds both moments of n values meanwhile: as they are stored, low blocks first, and in
+    the order of the blocks.
+    """
+    mixed, plain = [x for x in batch if x.low], [x for x in batch if not x.low]
+    sizes = [x.value.numel() for x in mixed]
+    low, n = sum(x.low for x in mixed), sum(sizes)
+    stored, used = scratch[: 4 * n].view(2, 2, n)
+    room = used[0]
+    if mixed:
+        _copy(mixed, stored, to_states=False)
+    if low * BLOCK == n:  # in order already
+        used = stored
+    else:
+        order = _order(mixed, scratch.device)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        _permute(stored, used, place)
+    pieces = mixed + plain
+    m, v = used[0], used[1]
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        [x.value for x in pieces],
+        [x.grad for x in pieces],
+        [*m.split_with_sizes(sizes), *(x.highs[0] for x in plain)],
+        [*v.split_with_sizes(sizes), *(x.highs[1] for x in plain)],
+        [],
+        [x.step.to(scratch.device) for x in pieces],
+        lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if used is not stored:
+        _permute(used, stored, order)
+    if mixed:
+        round_(stored[:, : low * BLOCK], generator, room)
+        _copy(mixed, stored, to_states=True)  # exact now
+
+
+def _order(mixed: list[_Part], device: torch.device) -> torch.Tensor:
+    """The numbers of the parts' blocks, counted through, low ones first: [2 blocks], as both moments lie."""
+    order = torch.cat([x.flags for x in mixed]).argsort(descending=True, stable=True)
+    return torch.cat([order, order + len(order)]).to(device)
+
+
+def _copy(mixed: list[_Part], stored: torch.Tensor, *, to_states: bool) -> None:
+    """Between states and `stored` [2, n]: all low blocks, then all others."""
+    theirs = [moments[k] for k in range(2) for moments in (*(x.lows for x in mixed), *(x.highs for x in mixed))]
+    ours = stored.view(-1).split_with_sizes([t.numel() for t in theirs])
+    torch._foreach_copy_(*((theirs, ours) if to_states else (ours, theirs)))
+
+
+def _permute(source: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> None:
+    """target's block i is source's block rows[i]."""
+    torch.index_select(source.view(-1, BLOCK), 0, rows, out=target.view(-1, BLOCK))
