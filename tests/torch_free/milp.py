@@ -200,7 +200,8 @@ class Kept(Whole):
         for t in sorted({*reads, *makes} - set(self.step.resident)):
             self.lives(t, reads.get(t, {}), makes.get(t, {}))
         self.inside()
-        room = (self.budget.available - self.step.base_bytes) / self.unit
+        # Bytes are whole: half a byte more lets nothing in. HiGHS's presolve loses plans that fill a room to the byte.
+        room = (self.budget.available + 0.5 - self.step.base_bytes) / self.unit
         before: int | None = None
         for change in self.change[:-1]:
             now = self.variable(room)
@@ -337,7 +338,7 @@ class Moved(Kept):
         self.waits = [self.variable(cost=1.0) for _ in self.moments]
         self.away = {t: self.variable(1, whole=True) for t in sorted(step.offloadable) if step.tensors[t].bytes}
         bytes_of = [(v, step.tensors[t].bytes / self.unit) for t, v in self.away.items()]
-        self.row(bytes_of, high=self.budget.host_bytes / self.unit)
+        self.row(bytes_of, high=(self.budget.host_bytes + 0.5) / self.unit)
         share = 2 * machine.contention * self.unit / machine.bandwidth / self.second
         self.row([*((w, 1.0) for w in self.waits), *((v, -share * size) for v, size in bytes_of)], low=0)
         self.gone = {t: dict[int, int]() for t in self.away}  # from each moment on

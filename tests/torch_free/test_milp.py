@@ -42,6 +42,17 @@ def test_the_program_finds_what_enumeration_finds(step: Step) -> None:
             assert peak(step, found.saved) <= size
 
 
+def test_a_plan_that_fills_the_room_to_the_byte_is_found() -> None:
+    """51 bytes, of which 50 are a workspace: HiGHS's presolve lost it, and the op ran again."""
+    tensors = (Tensor("x", 0, "input"), Tensor("a", 1, "activation"), Tensor("b", 0, "activation"))
+    once = Op("once", "op", (0,), (1, 2), traffic=1, workspace_bytes=50)
+    forward, backward = Graph("f", (once,), (0,), ()), Graph("b", (Op("read", "op", (1,), (), traffic=1),), (), ())
+    step = Step("full", tensors, (forward, dataclasses.replace(backward, phase="backward")), (0,))
+    found = Kept(step, Budget(51), MACHINE).solved()
+    assert found is not None
+    assert found.seconds == pytest.approx(sum(map(MACHINE.seconds, step.ops)))
+
+
 @settings(deadline=None, max_examples=80)
 @given(steps(max_ops=6), machines())
 def test_no_plan_with_copies_is_faster_than_the_program(step: Step, machine: Machine) -> None:
