@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ import torch
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from memplan.errors import MemplanError, did_you_mean
+from memplan.runtime.alive import instances
 from memplan.runtime.storages import nbytes, plain
 from memplan.runtime.tally import Tally
 
@@ -143,7 +143,7 @@ def torch_optimizer(name: str) -> Make:
 def optimizers_of(parameters: Iterable[torch.Tensor]) -> list[weakref.ref[torch.optim.Optimizer]]:
     """The optimizers of this process that any of the parameters belongs to."""
     wanted = {id(p) for p in parameters}
-    alive = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    alive = instances(torch.optim.Optimizer)
     return [weakref.ref(o) for o in alive if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
 
 

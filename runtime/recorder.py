@@ -30,7 +30,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ import torch
 
 from memplan.errors import MemplanError
 from memplan.ir import KINDS, Block, Kind, Moment, Timeline
+from memplan.runtime.alive import instances
 from memplan.runtime.allocator import FREED, Event, allocator_profile, events, interrupt
 from memplan.runtime.host_pool import off_device
 from memplan.runtime.optimizers import states
@@ -152,8 +152,7 @@ def build(
 
 def _storages(device: torch.device) -> dict[int, tuple[Kind, torch.UntypedStorage]]:
     """The storages on `device` that Python objects reach, by address."""
-    # type() and not isinstance(): the latter runs code of proxies and lazy modules
-    objects = [o for o in gc.get_objects() if issubclass(type(o), (torch.Tensor, torch.optim.Optimizer))]
+    objects = instances(torch.Tensor, torch.optim.Optimizer)
     tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]
     with torch._C.DisableTorchFunctionSubclass():
         grads = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
@@ -217,7 +216,7 @@ def _cpu(recording: Recording, lines: bool) -> Iterator[None]:
 
 def _layers() -> dict[int, str]:
     """The path of each module from the outermost that holds it, by its id."""
-    modules = [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]
+    modules = instances(torch.nn.Module)
     modules = [o for o in modules if not issubclass(type(o), torch.fx.GraphModule)]  # compilers' own
     inner = {id(child) for module in modules for child in module._modules.values()}
     roots = [module for module in modules if id(module) not in inner]
