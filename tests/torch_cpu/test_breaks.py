@@ -2,6 +2,7 @@
 whole step's, gradients are the unplanned step's, and what departs from the plan is looked at before it runs.
 """
 
+import functools
 import gc
 from collections.abc import Callable
 
@@ -107,9 +108,10 @@ def planned(net: nn.Module, budget: int | None, inner: str = "eager", **options)
     return torch.compile(net, backend=memplan_backend, options={"budget": budget, "inner": inner, **options})
 
 
-def least(net: nn.Module, inner: str) -> int:
+@functools.cache
+def least(network: type[nn.Module], inner: str) -> int:
     """The budget that the first call asks for when there is none."""
-    budget, x = 10**5, rows()
+    net, budget, x = network(), 10**5, rows()
     for _ in range(10):
         torch._dynamo.reset()
         step = planned(net, budget, inner)
@@ -117,6 +119,7 @@ def least(net: nn.Module, inner: str) -> int:
             for _ in range(2):
                 step(x).backward()
                 net.zero_grad()
+            torch._dynamo.reset()
             return budget
         except Exception as e:
             inner_error = getattr(e, "inner_exception", e)
@@ -142,7 +145,7 @@ def test_the_budget_is_the_whole_steps(network, inner, made) -> None:
     expected = [p.grad for p in used]
     net.zero_grad()
     everything = peak_of(unplanned, net, x)
-    smallest = least(net, inner)
+    smallest = least(network, inner)
     assert smallest < 0.6 * everything
     for part in (0.0, 0.5):
         budget = int(smallest + part * (everything - smallest))
@@ -165,7 +168,7 @@ def test_the_budget_is_the_whole_steps(network, inner, made) -> None:
 
 def test_what_is_reported(made, caplog) -> None:
     net, x = Straight(), rows()
-    step = planned(net, int(1.3 * least(net, "eager")))
+    step = planned(net, int(1.3 * least(Straight, "eager")))
     made.clear()
     torch._dynamo.utils.counters.clear()
     for _ in range(4):
@@ -216,7 +219,7 @@ def test_a_policy_decides_on_the_whole_step(made) -> None:
 def test_a_budget_that_only_the_first_graph_meets(made) -> None:
     """The step stops before the graph that is too much runs, and nothing of it is left."""
     net, x = Straight(), rows()
-    budget = least(net, "eager") - 1000
+    budget = least(Straight, "eager") - 1000
     torch._dynamo.reset()
     made.clear()
     step = planned(net, budget)
@@ -241,7 +244,7 @@ def test_gradients_wait_for_the_end_of_the_step(made) -> None:
 def test_gradients_that_are_there_already(made) -> None:
     net, x = Straight(), rows()
     held = sum(p.nbytes for p in net.parameters())
-    budget = least(net, "eager") + held
+    budget = least(Straight, "eager") + held
     step = planned(net, budget)
     for _ in range(4):
         step(x).backward()
@@ -255,11 +258,11 @@ def test_gradients_that_are_there_already(made) -> None:
 def test_lengths_that_change(made) -> None:
     net = Straight()
     top = ROWS + 100
-    smallest = least(net, "eager")
+    smallest = least(Straight, "eager")
     budget = int(1.5 * smallest)
     step = planned(net, budget)
     unplanned = torch.compile(net, backend="aot_eager")
-    for count in (200, 300, 64, top, 100):
+    for count in (200, 64, top):
         results = []
         for compiled in (step, unplanned):
             net.zero_grad()
@@ -337,6 +340,7 @@ def test_a_model_with_breaks(made) -> None:
     assert seen.timeline.peak_above_base + made[-1].step.base_bytes <= budget
 
 
+@pytest.mark.slow
 def test_a_model_with_breaks_under_inductor(made) -> None:
     sample = model(0)
     exact = exact_gradients(sample, CASES[0].make(dtype=torch.float64))

@@ -80,7 +80,7 @@ def two_threads() -> Iterator[None]:
     ("name", "inner"),
     [
         ("llama", "eager"),
-        ("llama", "inductor"),
+        pytest.param("llama", "inductor", marks=pytest.mark.slow),
         ("unet", "eager"),
         pytest.param("unet", "inductor", marks=pytest.mark.slow),
     ],
@@ -103,7 +103,7 @@ def test_below_checkpointing_by_hand(name, inner, tmp_path) -> None:
     assert peak == pytest.approx(plan.timeline.peak_above_base, rel=0.005), f"budget {budget}"
 
 
-@pytest.mark.parametrize("name", ["llama", "unet"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("unet", marks=pytest.mark.slow)])
 def test_gradients_under_inductor_are_as_good_as_unplanned(name, tmp_path) -> None:
     sample = MAKE[name]()
     exact = exact_gradients(sample, MAKE[name](dtype=torch.float64))

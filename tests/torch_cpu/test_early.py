@@ -68,8 +68,10 @@ def held(net: nn.Module, optimizer: Any) -> int:
     return sum(t.nbytes for t in (*net.parameters(), *states, ROWS))
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("megabytes", [31, 40])
+@pytest.mark.parametrize(
+    ("inner", "megabytes"),
+    [("eager", 31), ("eager", 40), ("inductor", 31), pytest.param("inductor", 40, marks=pytest.mark.slow)],
+)
 def test_what_is_said_to_be_left_is_left_until_the_end(inner: str, megabytes: int, made: list[Plan]) -> None:
     heard = Heard()
     budget = Budget(megabytes * MIB, listener=room.listen(heard))
@@ -97,7 +99,7 @@ def test_what_is_said_to_be_left_is_left_until_the_end(inner: str, megabytes: in
 @pytest.mark.parametrize(
     ("inner", "rows"),
     [
-        ("eager", [4096, 4000, 1000, 3000, 4090]),
+        pytest.param("eager", [4096, 4000, 1000, 3000, 4090], marks=pytest.mark.slow),
         pytest.param("inductor", [4096, 4000, 1000, 3000, 4090], marks=pytest.mark.slow),
         ("eager", [1000, 900, 4096, 800, 4090]),
     ],

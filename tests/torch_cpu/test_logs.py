@@ -48,16 +48,17 @@ def lines(text: str) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("setting", "levels"), [("+memplan", "VIW"), ("", "W"), ("-memplan", "")])
-def test_torch_logs(setting: str, levels: str) -> None:
-    """Debug lines, plans and warnings when asked for; warnings alone when not."""
-    seen = lines(run(TORCH_LOGS=setting))
+def test_torch_logs(setting: str, levels: str, tmp_path: Path) -> None:
+    """Debug lines, plans and warnings when asked for; warnings alone when not. Of a run that is traced too, the plans
+    are in the trace.
+    """
+    traced = {"TORCH_TRACE": str(tmp_path)} if levels == "W" else {}
+    seen = lines(run(TORCH_LOGS=setting, **traced))
     assert {level for level, _ in seen} == set(levels)
     assert any(level == "W" and "a graph break at" in message for level, message in seen) == ("W" in levels)
     assert any(level == "I" and "fits: peak" in message for level, message in seen) == ("I" in levels)
-
-
-def test_torch_trace(tmp_path: Path) -> None:
-    run(TORCH_TRACE=str(tmp_path))
+    if not traced:
+        return
     (log,) = tmp_path.iterdir()
     metadata, payload = re.findall(r"^V.*\] (\{.*\"memplan_plan\".*\})\n((?:\t.*\n)+)", log.read_text(), re.M)[-1]
     assert '"encoding": "json"' in metadata

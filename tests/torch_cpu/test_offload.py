@@ -275,10 +275,14 @@ class Patches(nn.Module):
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
-        (lambda: nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True), (3, 10, 32)),
-        (Patches, (2, 3, 32, 32)),
+        pytest.param(
+            lambda: nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True),
+            (3, 10, 32),
+            id="dropout and norms",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Patches, (2, 3, 32, 32), id="patches"),
     ],
-    ids=("dropout and norms", "patches"),
 )
 def test_generated_code_waits_for_copies(make, shape, made, monkeypatch) -> None:
     """With a bus so slow that whatever reads too early reads something else. (Inductor loses an order of kernels that

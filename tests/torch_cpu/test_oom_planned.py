@@ -64,8 +64,15 @@ else:
 """
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("inner", "phase"),
+    [
+        ("eager", "forward"),
+        pytest.param("eager", "backward", marks=pytest.mark.slow),
+        pytest.param("inductor", "forward", marks=pytest.mark.slow),
+        ("inductor", "backward"),
+    ],
+)
 def test_a_step_under_a_limit(inner: str, phase: str, tmp_path: Path) -> None:
     script, out = tmp_path / "train.py", tmp_path / "plan.json"
     script.write_text(SCRIPT)

@@ -2,7 +2,7 @@
 random number after it too, and the bytes are those predicted, exactly.
 
 Tracing, capture and measuring take most of the time, so each program is traced once and its different plans run inside
-one recording. CI draws 100 programs (about 1.5 minutes); `-m slow` draws 1,000.
+one recording. CI draws 50 programs; `-m slow` draws 1,000.
 """
 
 import pytest
@@ -59,7 +59,7 @@ def check_program(program: Program, data) -> None:
         assert peak == plan.timeline.peak_above_base, plan.policy
 
 
-quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @quick
@@ -69,7 +69,7 @@ def test_every_plan_keeps_bits_and_bytes(program, data):
 
 
 @pytest.mark.slow
-@settings(quick, max_examples=1000)
+@settings(quick, max_examples=500)
 @given(programs(), st.data())
 def test_a_thousand_programs(program, data):
     check_program(program, data)

@@ -73,7 +73,7 @@ def test_slices_cover_all_rows_once(sequences: int, length: int, rows: int, one:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", LANGUAGE, ids=str)
 def test_models_are_tiled_to_the_same_values(case: Case, inner: str) -> None:
     sample = case.make(dtype=torch.float64)
@@ -197,8 +197,17 @@ def test_the_gradient_comes_in_the_same_pass_where_it_is_a_multiple_of_the_loss_
     assert same(before, run_all(graph, inputs), 2e-3 if what == "float16" else 1e-12)
 
 
-@pytest.mark.parametrize("rows", [D, 1000])
-@pytest.mark.parametrize("what", ["k3", "ignore_index", "GSPO"])
+@pytest.mark.parametrize(
+    ("what", "rows"),
+    [
+        ("k3", D),
+        ("ignore_index", 1000),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("k3", 1000), ("ignore_index", D), ("GSPO", D), ("GSPO", 1000))
+        ),
+    ],
+)
 def test_compiled_slices(what: str, rows: int) -> None:
     """As many rows as the model is wide, and a remainder; or all of them. Then other lengths, with the same code."""
     bodies = set()

@@ -28,7 +28,7 @@ def small(draw: st.DrawFn) -> Step:
     return step
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(small())
 def test_the_program_finds_what_enumeration_finds(step: Step) -> None:
     """Inside each budget at which the best plan changes, and inside a byte less."""
@@ -53,7 +53,7 @@ def test_a_plan_that_fills_the_room_to_the_byte_is_found() -> None:
     assert found.seconds == pytest.approx(sum(map(MACHINE.seconds, step.ops)))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(steps(max_ops=6), machines())
 def test_no_plan_with_copies_is_faster_than_the_program(step: Step, machine: Machine) -> None:
     assume(0 < len(step.saveable) <= MOST)
