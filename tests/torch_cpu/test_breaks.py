@@ -133,7 +133,7 @@ def least(network: type[nn.Module], inner: str) -> int:
     [
         (Straight, "eager"),
         pytest.param(Straight, "inductor", marks=pytest.mark.slow),
-        (Looped, "eager"),
+        pytest.param(Looped, "eager", marks=pytest.mark.slow),
         pytest.param(Skipped, "inductor", marks=pytest.mark.slow),
     ],
 )
