@@ -299,8 +299,15 @@ def test_planned_is_measured(inner: str, made: list[memplan.Plan]) -> None:
     assert any("tiled by 32 rows" in note for note in made[-1].step.notes)
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "inner"),
+    [
+        pytest.param(torch.float32, "eager", id="float32-eager"),
+        pytest.param(torch.bfloat16, "eager", id="bfloat16-eager"),
+        pytest.param(torch.float32, "inductor", id="float32-inductor"),
+        pytest.param(torch.bfloat16, "inductor", id="bfloat16-inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_as_good_as_untiled_ones(dtype: torch.dtype, inner: str) -> None:
     sample = model(dtype)
     exact = exact_gradients(sample, model(torch.float64))
@@ -377,6 +384,7 @@ def test_a_pin_of_a_step_in_two_graphs(made: list[memplan.Plan]) -> None:
     assert any(note.startswith("tiled by 4 rows") for plan in made for note in plan.step.notes)
 
 
+@pytest.mark.slow
 def test_generated_code_takes_what_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor keeps the plan's order, so its smallest plan's bytes are known before code is generated."""
     found: list[tuple[int, int]] = []
@@ -422,7 +430,7 @@ def test_what_is_not_tiled_is_said(tiles: int | str, made: list[memplan.Plan]) -
     assert any("not tiled: no product" in note for note in made[-1].step.notes)
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_graphs_with_backward_inside(inner: str, made: list[memplan.Plan]) -> None:
     """Two micro-batches and their backwards in one graph: as good as untiled, and planned is measured."""
     sample = model()
