@@ -69,7 +69,7 @@ def test_every_plan_keeps_bits_and_bytes(program, data):
 
 
 @pytest.mark.slow
-@settings(quick, max_examples=500)
+@settings(quick, max_examples=1000)
 @given(programs(), st.data())
 def test_a_thousand_programs(program, data):
     check_program(program, data)
