@@ -84,7 +84,8 @@ def mean_squares(state: State, at_once: int) -> torch.Tensor:
 
 def repack(state: State, low: torch.Tensor, count: int, at_once: int, generator: torch.Generator | None) -> None:
     """Hold the blocks `low`, of which there are `count`, in bfloat16, and the others in float32. What was in bfloat16
-    keeps its value. Takes one new moment beside the states.
+    keeps its value. Takes one new moment beside the states. Interrupted after the first change, the state has no
+    `low`, and is no more of use (`whole`).
     """
     if not low.is_meta and torch.equal(low, state["low"]):
         return
@@ -100,8 +101,18 @@ def repack(state: State, low: torch.Tensor, count: int, at_once: int, generator:
                     round_(values.view(1, -1), generator)
                 part.copy_(values)
             new[n * BLOCK :].copy_(tail)
+            state.pop("low", None)
             state[f"{moment}_{kind}"] = new
     state["low"] = low
+
+
+def whole(state: State, p: torch.Tensor) -> None:
+    """Raises MemplanError for a state whose `repack` was interrupted."""
+    if "low" not in state:
+        raise MemplanError(
+            f"the state of a parameter of shape {list(p.shape)} is half changed: a step was interrupted, by an error "
+            "or for want of memory, while HybridAdamW chose blocks anew; give load_state_dict() what was saved before"
+        )
 
 
 def restored(state: Mapping[str, Any], p: torch.Tensor) -> State:

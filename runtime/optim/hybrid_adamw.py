@@ -20,7 +20,7 @@ import torch
 
 from memplan.errors import MemplanError
 from memplan.runtime.optim.asked import check
-from memplan.runtime.optim.blocks import layout, new_state, repack, restored
+from memplan.runtime.optim.blocks import layout, new_state, repack, restored, whole
 from memplan.runtime.optim.choice import lowest, squares_of
 from memplan.runtime.optim.rounding import generator_of
 from memplan.runtime.optim.update import update
@@ -98,16 +98,16 @@ class HybridAdamW(torch.optim.Optimizer):
                 f"the state to load is of {len(theirs)} parameters, and of no HybridAdamW over these {len(mine)}: give "
                 "what state_dict() of one over the same parameters returned"
             )
-        for key, p in zip(theirs, mine, strict=True):
-            if key in state_dict["state"]:
-                restored(state_dict["state"][key], p)
-        super().load_state_dict(state_dict)  # which makes all states float32, exactly
-        for p in mine:
-            if p in self.state:
-                self.state[p] = restored(self.state[p], p)
+        saved = state_dict["state"]
+        states = {p: restored(saved[key], p) for key, p in zip(theirs, mine, strict=True) if key in saved}
+        # By parameters, which are no names that were saved, torch takes them as they are, and makes none float32.
+        super().load_state_dict({**state_dict, "state": states})
 
     def _choose(self, group: dict[str, Any], given: list[torch.Tensor], generator: torch.Generator | None) -> None:
         """Make the states of parameters that have none; when it is time, choose anew for all."""
+        for p in group["params"]:
+            if p in self.state:
+                whole(self.state[p], p)
         due = group["calls"] % group["every"] == 0
         chosen = [p for p in group["params"] if p in self.state] if due else []
         chosen += [p for p in given if p not in self.state]

@@ -2,12 +2,13 @@
 
 In: float32 values and a generator. Out: the same values, each one of its two neighbours in bfloat16.
 A bfloat16 is the upper half of a float32: a random number of 16 bits is added to the lower half, and what is left of
-that half is cut off. What bfloat16 holds exactly, zero, infinity and NaN stay what they are.
+that half is cut off. What bfloat16 holds exactly, zero, infinity and NaN stay what they are; a NaN's own bits do not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 
@@ -31,6 +32,7 @@ def round_(values: torch.Tensor, generator: torch.Generator | None, room: torch.
         room = values.new_empty(rows * COLUMNS)
     chance = room[: rows * COLUMNS].view(torch.int32)
     torch.bitwise_xor(drawn[:rows, None], drawn[rows:], out=chance.view(rows, COLUMNS))
+    values.nan_to_num_(math.nan, math.inf, -math.inf)  # CUDA's NaN is all ones: one more, and it would be zero
     values.view(torch.int32).add_(chance[:n]).bitwise_and_(LOWER)
 
 

@@ -204,6 +204,14 @@ def test_roundings_of_two_values_know_nothing_of_each_other() -> None:
     assert between.abs().max() < 5 / 1500**0.5
 
 
+def test_a_nan_stays_one_whatever_its_bits() -> None:
+    """Of all ones, as CUDA's are, one more bit would make it zero."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF, 0x7FC00000], dtype=torch.int32)
+    values = bits.view(torch.float32).repeat(1000).view(1, -1)
+    round_(values, torch.Generator().manual_seed(0))
+    assert values.isnan().all() and values.bfloat16().isnan().all()
+
+
 def test_a_second_moment_in_bfloat16_follows_small_changes() -> None:
     """Rounded to nearest it would never leave 1: a step changes it by 0.0005, its neighbour is 0.004 away."""
     p = nn.Parameter(torch.zeros(2**12))
@@ -230,12 +238,58 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(rule: dict[str, float]) -> None
     saved = torch.load(file)
     second = HybridAdamW([nn.Parameter(p) for p in at], seed=5)
     second.load_state_dict(saved)
-    for p, q in zip(first.state, second.state, strict=True):
+    for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in (first, second)), strict=True):
         for name, value in first.state[p].items():
             assert value.dtype == second.state[q][name].dtype and torch.equal(value, second.state[q][name])
     torch.manual_seed(99)  # the rounding has its own numbers
     assert all(torch.equal(a, b) for a, b in zip(end, train(second, range(6, 15)), strict=True))
     assert state_bytes(second) == state_bytes(whole)
+
+
+def test_loading_takes_no_memory_beside_the_states() -> None:
+    first = HybridAdamW(parameters(), share=0.84)
+    train(first, range(2))
+    saved, second = first.state_dict(), HybridAdamW(parameters())
+    seen_by_hooks: list[set[torch.dtype]] = []
+    second.register_load_state_dict_post_hook(
+        lambda opt: seen_by_hooks.append({t.dtype for state in opt.state.values() for t in state.values()})
+    )
+    with frozen_heap(), memplan.record("cpu") as seen:
+        second.load_state_dict(saved)
+    assert seen.timeline.peak_above_base <= SLACK
+    assert seen_by_hooks == [{torch.float32, torch.bfloat16, torch.bool}]
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_change_of_blocks_that_was_interrupted_is_refused_or_whole(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory at any of its allocations: a state is what it was, or no step is taken with it."""
+    one, other = (HybridAdamW([nn.Parameter(torch.zeros(2**13))], share=0.5, every=2) for _ in range(2))
+    for optimizer in (one, other):
+        train(optimizer, range(2))
+    left, empty = at, torch.empty
+
+    def scarce(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise torch.OutOfMemoryError("no memory")
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(one, range(2, 3))
+    monkeypatch.undo()
+    try:
+        again = train(one, range(2, 3))
+    except MemplanError as e:
+        assert "interrupted" in str(e) and at > 2
+        with pytest.raises(MemplanError, match="the state to load"):
+            HybridAdamW([nn.Parameter(torch.zeros(2**13))]).load_state_dict(one.state_dict())
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+        again = train(one, range(2, 3))
+    else:
+        assert at <= 2  # the first tensor that is changed is not there yet
+    assert all(torch.equal(a, b) for a, b in zip(again, train(other, range(2, 3)), strict=True))
 
 
 def test_the_seed_decides_and_torchs_own_numbers_are_left_alone() -> None:
