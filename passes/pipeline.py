@@ -15,11 +15,10 @@ from memplan.ir import Budget, Decision, Decisions, Keep, Machine, Offload, Plan
 from memplan.passes import copies, policies
 from memplan.passes.check import check
 from memplan.passes.policies.greedy import Greedy, least_beside_others
+from memplan.passes.policies.optimal import Optimal
 from memplan.passes.schedule import read_in, saved_by, schedule
 from memplan.passes.simulate import simulate
 from memplan.units import human
-
-ROUNDS = 5  # times that a policy is asked for less than the least
 
 
 def make_plan(
@@ -45,9 +44,13 @@ def make_plan(
             if not plan.fits:
                 raise does_not_fit(plan, plan)
         return plan
-    chosen = policies.find(policy)
+    chosen, name = policies.find(policy), policies.name_of(policy)
+    if smallest and policies.finds_least(chosen):  # which takes it long, and greedy's may do
+        quick = replace(smallest_plan(step, machine, inner, budget), budget=budget, policy=name)
+        if quick.fits:
+            return quick
     asked = budget.leaving(0) if smallest else budget
-    plan = evaluate(step, _ask(chosen, step, asked, machine), budget, machine, inner, policies.name_of(policy))
+    plan = evaluate(step, _ask(chosen, step, asked, machine), budget, machine, inner, name)
     if fit and not plan.fits:
         raise does_not_fit(plan, _least(plan, chosen))
     return plan
@@ -55,17 +58,11 @@ def make_plan(
 
 def _least(plan: Plan, chosen: policies.Policy) -> Plan:
     """The smallest plan that is found where this one, of a policy, does not fit."""
-    if isinstance(chosen, Greedy):  # it has looked for the smallest already
+    if policies.finds_least(chosen):
         return plan
-    step, machine = plan.step, plan.machine
-    least = smallest_plan(step, machine, plan.inner, plan.budget)
-    for _ in range(ROUNDS):  # the policy may know a smaller one, if it is asked for it
-        below = plan.budget.leaving(least.peak - 1)
-        tried = evaluate(step, _ask(chosen, step, below, machine), below, machine, plan.inner, plan.policy)
-        if not tried.fits:
-            break
-        least = tried
-    return least
+    nothing, optimal = plan.budget.leaving(0), Optimal()
+    decisions = optimal(plan.step, nothing, plan.machine)
+    return evaluate(plan.step, decisions, nothing, plan.machine, plan.inner, optimal.name)
 
 
 def evaluate(step: Step, decisions: Decisions, budget: Budget, machine: Machine, inner: str, policy: str) -> Plan:
@@ -142,7 +139,7 @@ def _resolved(step: Step, decisions: Decisions, policy: str) -> Decisions:
 
 
 def smallest_plan(step: Step, machine: Machine, inner: str, budget: Budget) -> Plan:
-    """The plan of least peak that any built-in policy reaches: greedy's path ends in all the others."""
+    """The smallest plan that is found at once, greedy's; `optimal` looks longer, and for a smaller one."""
     nothing = budget.leaving(0)
     return evaluate(step, Greedy()(step, nothing, machine), nothing, machine, inner, "greedy")
 

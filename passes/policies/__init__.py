@@ -77,6 +77,11 @@ def find(wanted: str | Policy) -> Policy:
     raise MemplanError(f"no policy is called {wanted!r}: there are {', '.join(names)}{did_you_mean(wanted, names)}")
 
 
+def finds_least(policy: Policy) -> bool:
+    """Whether what it makes where nothing fits is the smallest plan that it knows."""
+    return bool(getattr(policy, "finds_least", False))
+
+
 def name_of(wanted: str | Policy) -> str:
     """How a policy is called in reports."""
     if isinstance(wanted, str):

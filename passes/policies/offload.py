@@ -132,6 +132,11 @@ class HandBack:
         return decided(saved, saved, without(few))
 
 
+def offloads_of(decisions: Decisions) -> dict[int, Offload]:
+    """Those of the decisions that offload."""
+    return {t: d for t, d in decisions.items() if isinstance(d, Offload)}
+
+
 def decided(storages: Iterable[int], saved: Collection[int], moved: Mapping[int, Offload]) -> Decisions:
     """Decisions on `storages`: what does not leave the device is kept if it is saved, and else runs again."""
     found: dict[int, Decision] = {t: Keep() if t in saved else Recompute() for t in storages}

@@ -5,12 +5,15 @@ what of it leaves the device. What is picked is placed and simulated exactly; wh
 room, it is picked again for so much less or more. Chains of every block boundary, of every second, fourth, ... are
 tried while that helps; what other policies do is a candidate too, so the plan is never worse than theirs; and where
 the bound (bound.py) leaves something to gain, single storages are decided otherwise as long as that helps.
-The same step, budget and machine give the same plan: all limits are counts.
+The same step, budget and machine give the same plan: all limits are counts. Where nothing of this fits, the smallest
+plan that is found is what comes out. Which one does not depend on the budget, so what fits one budget at all fits each
+larger one, and a refusal that names the smallest budget names one that is enough.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from memplan.errors import Stopped
 from memplan.ir import Budget, Decisions, Machine, Offload, Step
@@ -20,7 +23,7 @@ from memplan.passes.copies import placed
 from memplan.passes.master import pick
 from memplan.passes.policies.chunked import Chunked
 from memplan.passes.policies.greedy import Greedy, choose, in_order, moved, path
-from memplan.passes.policies.offload import SMALL, HandBack, OffloadLayerInputs, decided
+from memplan.passes.policies.offload import SMALL, HandBack, OffloadLayerInputs, decided, offloads_of
 from memplan.passes.policies.polish import Candidate, Judge, polished
 from memplan.passes.schedule import saved_by, schedule
 
@@ -28,6 +31,7 @@ EVERY = (1, 2, 4, 8, 16)  # boundaries taken as one
 ROUNDS = 10  # times that options are picked for one chain
 NEAR = 0.005  # of the step's time: as good as the best
 CLOSE = 0.002  # of the budget: room that is not worth another round
+LESS = 0.03  # of the least room so far, which is asked for less, and then for twice as much less
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,53 @@ class Optimal:
 
     small: int = SMALL
     name: str = "optimal"
+    finds_least: ClassVar[bool] = True
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         if not step.saveable:
             return {}
         judge = Judge(step, budget, machine)
-        if judge.room <= 0:  # nothing fits: the smallest plan is asked for, and greedy's path ends in it
-            return Greedy(small=self.small)(step, budget, machine)
-        base = sum(map(machine.seconds, step.ops))
-        enough = bound(step, budget, machine).seconds - base + NEAR * base
         best: Candidate | None = None
         try:
-            for candidate in _candidates(judge, self.small, enough):
+            for candidate in _candidates(judge, self.small) if judge.room > 0 else ():
                 best = candidate if best is None else min(best, candidate)
+            if best is None or best.over:
+                best = step.once(_smallest, budget.leaving(0), machine, self.small)
         except Stopped:
             if best is None:
                 raise
-        assert best is not None
         return decided(step.read_in_backward | best.saved, best.saved, best.offloads)
 
 
-def _candidates(judge: Judge, small: int, enough: float) -> Iterator[Candidate]:
+def _smallest(step: Step, nothing: Budget, machine: Machine, small: int) -> Candidate:
+    """The plan of least peak that is found: greedy's, what is made for half of its room, and then for less and less as
+    long as there is one. `nothing` is a budget that leaves no room, so that the whole peak is over it.
+    """
+    judge = Judge(step, nothing, machine)
+
+    def asked(room: float) -> Candidate:
+        enough = nothing.leaving(step.base_bytes + max(1, int(room)))
+        return min(judge.candidate(c.saved, c.offloads) for c in _candidates(Judge(step, enough, machine), small))
+
+    point = Greedy(small=small)(step, nothing, machine)
+    best = judge.candidate(saved_by(step, point), offloads_of(point))
+    best = min(best, asked((best.peak - step.base_bytes) / 2))
+    less = LESS
+    for _ in range(ROUNDS):
+        wanted = (1 - less) * (best.peak - step.base_bytes)
+        found = asked(wanted)
+        best, fits = min(best, found), found.over <= step.base_bytes + wanted
+        if not fits and less == LESS:
+            break
+        less = 2 * less if fits else LESS
+    return best
+
+
+def _candidates(judge: Judge, small: int) -> Iterator[Candidate]:
     """Of chains, of other policies, and what the local search makes of the best of them."""
+    step, machine = judge.step, judge.machine
+    base = sum(map(machine.seconds, step.ops))
+    enough = bound(step, judge.budget, machine).seconds - base + NEAR * base
     found = list[Candidate]()
     for candidate in _of_chains(judge, small, enough):
         found.append(candidate)
@@ -80,8 +109,7 @@ def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float
     moving = (OffloadLayerInputs(small=small), HandBack(small=small)) if budget.host_bytes else ()
     for rule in (Chunked(small=small), *moving):
         decisions = rule(step, budget, machine)
-        offloads = {t: d for t, d in decisions.items() if isinstance(d, Offload)}
-        yield judge.candidate(saved_by(step, decisions), offloads)
+        yield judge.candidate(saved_by(step, decisions), offloads_of(decisions))
     if points or best is None:
         point = choose(step, sorted(points, key=in_order), budget.available)
         yield judge.candidate(point.saved, point.offloads)

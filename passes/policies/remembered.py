@@ -47,6 +47,11 @@ class Remembered:
         """The policy's own."""
         return policies.name_of(self.policy)
 
+    @property
+    def finds_least(self) -> bool:
+        """The policy's own."""
+        return policies.finds_least(self.policy)
+
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         path = self.folder / f"{_question(self.policy, step, budget, machine)}.json"
         found = _read(path)

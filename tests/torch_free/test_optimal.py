@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import steps as recorded_steps
+from memplan.errors import DoesNotFit
 from memplan.ir import Budget, Machine, Plan, Step
 from memplan.passes.bound import bound
 from memplan.passes.chain import chain
 from memplan.passes.check import check
 from memplan.passes.master import pick
-from memplan.passes.pipeline import evaluate, make_plan
+from memplan.passes.pipeline import evaluate, make_plan, smallest_plan
 from memplan.passes.policies import Policy, name_of
 from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
 from memplan.passes.policies.chunked import Chunked
@@ -21,6 +22,7 @@ from memplan.passes.policies.greedy import Greedy
 from memplan.passes.policies.offload import HandBack, OffloadAll, OffloadLayerInputs, decided
 from memplan.passes.policies.optimal import Optimal
 from memplan.passes.policies.save_all import SaveAll
+from memplan.steps.generated import layered
 from tests.torch_free.oracle import outcomes
 from tests.torch_free.random_steps import any_steps
 from tests.torch_free.test_bound import ROOFLINE, machines, small_steps
@@ -62,6 +64,37 @@ def test_never_worse_than_another_policy(step: Step, machine: Machine, offload: 
         if other.fits:
             assert plan.fits, name_of(rival)
             assert plan.timeline.seconds <= other.timeline.seconds + 1e-12, name_of(rival)
+
+
+def smallest(step: Step, policy: Policy, budget: Budget, machine: Machine) -> int:
+    with pytest.raises(DoesNotFit) as refused:
+        make_plan(step, policy, budget, machine, inner="eager")
+    return refused.value.smallest
+
+
+@settings(deadline=None, max_examples=25)
+@given(any_steps(), machines(), st.booleans(), st.data())
+def test_the_budget_that_a_refusal_names_is_enough(
+    step: Step, machine: Machine, offload: bool, data: st.DataObject
+) -> None:
+    """So is each larger one; and every refusal, of whatever policy and budget, names the same."""
+    nothing = Budget(-1, host_bytes=2**40 if offload else 0)
+    optimal = Optimal()
+    least = smallest(step, optimal, nothing, machine)
+    assert least <= smallest_plan(step, machine, "eager", nothing).peak
+    above = least + data.draw(st.integers(0, 2 * (least - step.base_bytes)))
+    for size in (least, above):
+        assert make_plan(step, optimal, dataclasses.replace(nothing, bytes=size), machine, inner="eager").fits
+    below = dataclasses.replace(nothing, bytes=data.draw(st.integers(-1, least - 1)))
+    for policy in (optimal, SaveAll()):
+        assert smallest(step, policy, below, machine) == least
+
+
+def test_a_search_for_the_least_goes_below_every_other_policy() -> None:
+    """By a tenth of greedy's room and more, on a step that has no clear blocks."""
+    step = layered(16)
+    least = smallest(step, Optimal(), Budget(1), ROOFLINE) - step.base_bytes
+    assert least <= 0.9 * (smallest_plan(step, ROOFLINE, "eager", Budget(1)).peak - step.base_bytes)
 
 
 @pytest.fixture(scope="module")
