@@ -11,9 +11,7 @@ runtime is the only part of torch.compile left out: forward's outputs are given 
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,16 +37,6 @@ AMPLE = Budget(10**15, host_bytes=10**15)
 NO_DEVICE = Budget(0, host_bytes=10**15)
 NOTHING = Budget(0)
 SENTINEL = 999_983  # bytes of an allocation that marks a place in a recording; no test tensor has this size
-
-
-@contextmanager
-def frozen_heap() -> Iterator[None]:
-    """A recording walks Python's objects at entry and exit: not those alive now, none of which is to be measured."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @dataclass
@@ -144,7 +132,7 @@ class Joint:
         places = [[None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in like] for _ in plans]
         numbers = [torch.empty(1) for _ in plans]
         del like
-        with frozen_heap(), memplan.record("cpu") as seen:
+        with memplan.record("cpu") as seen:
             for pair, place, number in zip(pairs, places, numbers, strict=True):
                 torch.empty(SENTINEL, dtype=torch.int8)
                 results = self._execute(*pair, seed)

@@ -59,44 +59,47 @@ class Optimal:
 
 
 def _smallest(step: Step, nothing: Budget, machine: Machine, small: int) -> Candidate:
-    """The plan of least peak that is found: greedy's, what is made for half of its room, and then for less and less as
-    long as there is one. `nothing` is a budget that leaves no room, so that the whole peak is over it.
+    """The plan of least peak that is found: from greedy's, for less and less as long as there is one, and then what the
+    local search makes of it. `nothing` is a budget that leaves no room, so that the whole peak is over it.
     """
     judge = Judge(step, nothing, machine)
-
-    def asked(room: float) -> Candidate:
-        enough = nothing.leaving(step.base_bytes + max(1, int(room)))
-        return min(judge.candidate(c.saved, c.offloads) for c in _candidates(Judge(step, enough, machine), small))
-
     point = Greedy(small=small)(step, nothing, machine)
-    best = judge.candidate(saved_by(step, point), offloads_of(point))
-    best = min(best, asked((best.peak - step.base_bytes) / 2))
-    less = LESS
+    best, less = judge.candidate(saved_by(step, point), offloads_of(point)), LESS
     for _ in range(ROUNDS):
-        wanted = (1 - less) * (best.peak - step.base_bytes)
-        found = asked(wanted)
-        best, fits = min(best, found), found.over <= step.base_bytes + wanted
+        room = max(1, int((1 - less) * (best.peak - step.base_bytes)))
+        asked = Judge(step, nothing.leaving(step.base_bytes + room), machine)
+        found = min(judge.candidate(c.saved, c.offloads) for c in _made(asked, small, _enough(asked)))
+        best, fits = min(best, found), found.over <= step.base_bytes + room
         if not fits and less == LESS:
             break
         less = 2 * less if fits else LESS
-    return best
+    return min(polished(judge, best, small), default=best)
 
 
 def _candidates(judge: Judge, small: int) -> Iterator[Candidate]:
-    """Of chains, of other policies, and what the local search makes of the best of them."""
-    step, machine = judge.step, judge.machine
-    base = sum(map(machine.seconds, step.ops))
-    enough = bound(step, judge.budget, machine).seconds - base + NEAR * base
-    found = list[Candidate]()
-    for candidate in _of_chains(judge, small, enough):
-        found.append(candidate)
-        yield candidate
-    for candidate in _of_policies(judge, small, min(found, default=None), enough):
+    """What is made, and what the local search makes of the best of it."""
+    enough, found = _enough(judge), list[Candidate]()
+    for candidate in _made(judge, small, enough):
         found.append(candidate)
         yield candidate
     best = min(found)
     if best.over or best.seconds > enough:
         yield from polished(judge, best, small)
+
+
+def _enough(judge: Judge) -> float:
+    """Seconds of what runs again and of copies that are as good as the best."""
+    base = sum(map(judge.machine.seconds, judge.step.ops))
+    return bound(judge.step, judge.budget, judge.machine).seconds - base + NEAR * base
+
+
+def _made(judge: Judge, small: int, enough: float) -> Iterator[Candidate]:
+    """Of chains and of other policies."""
+    best: Candidate | None = None
+    for candidate in _of_chains(judge, small, enough):
+        best = candidate if best is None else min(best, candidate)
+        yield candidate
+    yield from _of_policies(judge, small, best, enough)
 
 
 def _of_policies(judge: Judge, small: int, best: Candidate | None, enough: float) -> Iterator[Candidate]:

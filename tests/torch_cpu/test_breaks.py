@@ -18,7 +18,6 @@ from memplan.errors import DoesNotFit
 from memplan.runtime.window import Session
 from tests.accuracy import exact_gradients, gradients, rms_error
 from tests.models import CASES, Sample
-from tests.planned import frozen_heap
 
 # Dynamo's own, when it compiles a graph that begins with the result of another, here even under aot_eager.
 pytestmark = [
@@ -99,7 +98,7 @@ def resident(net: nn.Module, x: torch.Tensor) -> int:
 def peak_of(step: Callable[[torch.Tensor], torch.Tensor], net: nn.Module, x: torch.Tensor, held: int = 0) -> int:
     """The measured peak of a step, with the parameters, the batch and what is held beside them."""
     gc.collect()
-    with frozen_heap(), memplan.record("cpu") as seen:
+    with memplan.record("cpu") as seen:
         step(x).backward()
     return seen.timeline.peak_above_base + resident(net, x) + held
 

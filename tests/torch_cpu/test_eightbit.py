@@ -18,7 +18,6 @@ from memplan.runtime.held import Watch
 from memplan.runtime.optimizers import declared, foresee, states
 from memplan.runtime.storages import nbytes
 from memplan.runtime.tenants import moved_in
-from tests.planned import frozen_heap
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "one_thread"),
@@ -50,7 +49,7 @@ def parameters() -> list[nn.Parameter]:
 def recorded(function: Callable[[], object]) -> tuple[int, int]:
     """What the allocator says of a call: the peak, and what is left of it."""
     gc.collect()
-    with frozen_heap(), memplan.record("cpu") as seen:
+    with memplan.record("cpu") as seen:
         function()
     return seen.timeline.peak_above_base, seen.timeline.totals[-1] - seen.timeline.base_bytes
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCall
 import memplan
 from memplan import DoesNotFit, MemplanError
 from memplan.hf import planned
-from tests.planned import frozen_heap
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
@@ -124,11 +123,6 @@ def run(*args, **kwargs):
     return outcome(made)
 
 
-def train(made: Trainer) -> None:
-    with frozen_heap():
-        made.train()
-
-
 def peaks(made: Trainer) -> list[int]:
     return next(c for c in made.callback_handler.callbacks if isinstance(c, Measured)).peaks
 
@@ -151,12 +145,12 @@ PLANNED = {"inner": "eager", "policy": "greedy"}  # which takes a moment where o
 def test_same_losses_and_weights_inside_the_budget(tmp_path, name):
     """A budget below what the trainer alone takes, half of which are parameters, gradients and states."""
     alone = trainer(tmp_path, measured=True, **SETTINGS[name])
-    train(alone)
+    alone.train()
     most = max(peaks(alone))
     budget = int(0.9 * most)
     made = planned(trainer(tmp_path, measured=True, **SETTINGS[name]), budget=budget, **PLANNED)
     before = counters["stats"]["unique_graphs"]
-    train(made)
+    made.train()
     assert_same(outcome(made), outcome(alone))
     assert len(peaks(made)) == 2 and max(peaks(made)) <= budget
     assert counters["stats"]["unique_graphs"] - before == 1
@@ -175,7 +169,7 @@ def test_the_least_budget(tmp_path, micro_batches):
         torch._dynamo.reset()
         budget = refused.value.smallest
     made = planned(trainer(tmp_path, measured=True, **given), budget=budget, **PLANNED)
-    train(made)
+    made.train()
     assert max(peaks(made)) <= budget
 
 

@@ -25,7 +25,6 @@ from memplan.runtime.host_pool import ALIGNMENT, PAGE, Arena, arena
 from memplan.runtime.offloaded import BACK, OFF, TO_DEVICE, TO_HOST
 from tests.accuracy import gradients, rms_error
 from tests.models import CASES, six_layer
-from tests.planned import frozen_heap
 from tests.torch_cpu.test_one_graph import Trainer, unplanned
 
 pytestmark = [
@@ -172,7 +171,7 @@ def test_late_copies_cost_time_and_no_bytes(made, monkeypatch) -> None:
     out = streams.engine(torch.device("cpu"), "out").waited
     before = (out.times, out.seconds)
     module.zero_grad()
-    with frozen_heap(), memplan.record("cpu") as seen:
+    with memplan.record("cpu") as seen:
         planned(x).backward()
     assert all(torch.equal(p.grad, e) for p, e in zip(module.parameters(), expected, strict=True))
     assert seen.timeline.peak_above_base == made[-1].timeline.peak_above_base
@@ -232,7 +231,7 @@ def test_a_step_in_two_graphs(made) -> None:
     assert len(plan.step.graphs) == 4
     assert len({g.unit for g in plan.step.graphs for op in g.ops for t in op.outputs if t in plan.offloads}) == 2
     modules.zero_grad()
-    with frozen_heap(), memplan.record("cpu") as seen:
+    with memplan.record("cpu") as seen:
         planned(x).backward()
     # The plan holds what one graph's backward gives the other throughout: here autograd lets go of it earlier.
     assert seen.timeline.peak_above_base <= plan.timeline.peak_above_base < 0.6 * 11 * x.nbytes
@@ -252,7 +251,7 @@ def test_under_inductor(case, made) -> None:
     planned = torch.compile(sample.step, backend=memplan_backend, options={"policy": EVERYTHING, **ROOM})
     assert rms_error(gradients(planned, sample), expected) < 1e-4
     sample.module.zero_grad()
-    with frozen_heap(), memplan.record("cpu") as seen:
+    with memplan.record("cpu") as seen:
         planned(sample.batch).backward()
     assert seen.timeline.peak_above_base == made[-1].timeline.peak_above_base
     assert made[-1].offloads and arena("host").used == 0

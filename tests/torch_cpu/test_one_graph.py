@@ -18,7 +18,6 @@ from memplan.passes.phases import phases
 from memplan.passes.phases import unplanned as unplanned_nodes
 from tests.accuracy import rms_error
 from tests.models import CASES, Sample
-from tests.planned import frozen_heap
 
 # Dynamo's own, when it compiles a graph that begins with the result of another.
 pytestmark = [
@@ -75,7 +74,7 @@ class Trainer:
 
     def peak(self, step: Callable) -> int:
         gc.collect()
-        with frozen_heap(), memplan.record("cpu") as seen:
+        with memplan.record("cpu") as seen:
             step(*self.batches)
         return seen.timeline.peak_above_base + self.resident()
 
