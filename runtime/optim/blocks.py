@@ -1,9 +1,9 @@
 """How the states of HybridAdamW lie in memory: two tensors for each moment, and which block is in which.
 
-A state: `step`, a float32 scalar, and `low` [blocks], bool, both on the CPU, where each step reads them; and for each
-moment `exp_avg` and `exp_avg_sq`: `.._low`, bfloat16, the low blocks one after the other, and `.._high`, float32, the
-other blocks and then the values that are left of less than a block. In: states and which blocks shall be low. Out:
-states of that form.
+A state: `step`, a float32 scalar, and `low` [blocks], bool, both on the CPU, where each step reads them; `strides`, how
+the parameter lies in memory, whose order all values have; and for each moment `exp_avg` and `exp_avg_sq`: `.._low`,
+bfloat16, the low blocks one after the other, and `.._high`, float32, the other blocks and then the values that are left
+of less than a block. In: states and which blocks shall be low. Out: states of that form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memplan.runtime.optim.rounding import round_
 BLOCK = 256
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"low": torch.bfloat16, "high": torch.float32}
-State = dict[str, torch.Tensor]
+State = dict[str, Any]
 
 
 def flat(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _fills(t: torch.Tensor) -> bool:
 def new_state(p: torch.Tensor, low: torch.Tensor, count: int) -> State:
     """The state of a parameter before its first step; `count` of the blocks are `low`."""
     sizes = {"low": count * BLOCK, "high": p.numel() - count * BLOCK}
-    state = {"step": torch.zeros((), device=_host(p)), "low": low}
+    state: State = {"step": torch.zeros((), dtype=torch.float32, device=_host(p)), "low": low, "strides": p.stride()}
     for moment in MOMENTS:
         for kind, size in sizes.items():
             state[f"{moment}_{kind}"] = torch.zeros(size, dtype=DTYPES[kind], device=p.device)
@@ -75,7 +75,7 @@ def rows_of(low: torch.Tensor, kind: bool, count: int) -> torch.Tensor:
 
 def mean_squares(state: State, at_once: int) -> torch.Tensor:
     """The mean second moment of each block [blocks]."""
-    means = torch.empty(state["low"].numel(), device=state["exp_avg_low"].device)
+    means = torch.empty(state["low"].numel(), dtype=torch.float32, device=state["exp_avg_low"].device)
     for kind, n in zip(DTYPES, layout(state), strict=True):
         for rows, part in _parts(state["low"], kind, n, state[f"exp_avg_sq_{kind}"], at_once):
             means.index_copy_(0, rows.to(means.device), part.float().mean(1))
@@ -106,12 +106,19 @@ def repack(state: State, low: torch.Tensor, count: int, at_once: int, generator:
     state["low"] = low
 
 
-def whole(state: State, p: torch.Tensor) -> None:
-    """Raises MemplanError for a state whose `repack` was interrupted."""
+def fits(state: State, p: torch.Tensor) -> None:
+    """Raises MemplanError for a state whose `repack` was interrupted, or whose parameter lies otherwise than it did."""
     if "low" not in state:
         raise MemplanError(
             f"the state of a parameter of shape {list(p.shape)} is half changed: a step was interrupted, by an error "
             "or for want of memory, while HybridAdamW chose blocks anew; give load_state_dict() what was saved before"
+        )
+    was, now = state["strides"], p.stride()
+    if was != now and any(size > 1 and was[i : i + 1] != now[i : i + 1] for i, size in enumerate(p.shape)):
+        raise MemplanError(
+            f"a parameter of shape {list(p.shape)} has strides {now} and its state those of {was}, and "
+            "HybridAdamW's moments lie as the parameter does: choose its memory format before the first step, and load "
+            "states into parameters of the same"
         )
 
 
@@ -127,8 +134,11 @@ def restored(state: Mapping[str, Any], p: torch.Tensor) -> State:
             f"the state to load for a parameter of shape {list(p.shape)} has {found or 'nothing'}, which is not "
             f"HybridAdamW's of {p.numel()} values: load what state_dict() of one over the same parameters returned"
         )
+    strides = tuple(state.get("strides", ()))
+    fits({"low": state["low"], "strides": strides}, p)
     dtypes = {name: DTYPES[name.rpartition("_")[2]] for name in names} | {"step": torch.float32, "low": torch.bool}
-    return {name: state[name].to(p.device if name in names else _host(p), dtypes[name]) for name in sizes}
+    kept = {name: state[name].to(p.device if name in names else _host(p), dtypes[name]) for name in sizes}
+    return kept | {"strides": strides}
 
 
 def _parts(

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from memplan.errors import MemplanError
-from memplan.runtime.optim.asked import check
-from memplan.runtime.optim.blocks import layout, new_state, repack, restored, whole
+from memplan.runtime.optim.asked import check, check_all, check_parameter
+from memplan.runtime.optim.blocks import fits, layout, new_state, repack, restored
 from memplan.runtime.optim.choice import lowest, squares_of
 from memplan.runtime.optim.rounding import generator_of
 from memplan.runtime.optim.update import update
@@ -64,6 +64,7 @@ class HybridAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check(self.param_groups[-1])
+            check_all(self.param_groups[-1]["params"])
         except MemplanError:
             self.param_groups.pop()
             raise
@@ -75,11 +76,15 @@ class HybridAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    @torch.compiler.disable(reason="views of states are updated")  # type: ignore[no-untyped-call, untyped-decorator]
+    def _update(self) -> None:
+        """Of every group; never a part of a graph, which has no views that are changed."""
         for number, group in enumerate(self.param_groups):
             given = [p for p in group["params"] if p.grad is not None]
-            for p in given:
-                if p.grad.is_sparse:
-                    raise MemplanError("a gradient is sparse, and HybridAdamW takes none: use torch.optim.SparseAdam")
+            self._check(group, given)
             if given:
                 generator = generator_of(given[0].device, group["seed"], number, group["calls"])
                 self._choose(group, given, generator)
@@ -87,27 +92,37 @@ class HybridAdamW(torch.optim.Optimizer):
                 held = [self.state[p] for p in given]
                 torch._foreach_add_([state["step"] for state in held], 1.0)
                 update(given, held, group, generator)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the states are the same bits again. Raises MemplanError for another optimizer's."""
-        mine = [p for group in self.param_groups for p in group["params"]]
-        theirs = [key for group in state_dict["param_groups"] for key in group["params"]]
-        if len(mine) != len(theirs) or not all("at_once" in group for group in state_dict["param_groups"]):
+        """As torch's; the states are the same bits again. Raises MemplanError for another optimizer's. Hooks that run
+        before find the states by their parameters.
+        """
+        groups = state_dict.get("param_groups", []) if isinstance(state_dict, dict) else []
+        sizes = [[len(group["params"]) for group in of] for of in (groups, self.param_groups)]
+        if sizes[0] != sizes[1] or not all("at_once" in group for group in groups):
             raise MemplanError(
-                f"the state to load is of {len(theirs)} parameters, and of no HybridAdamW over these {len(mine)}: give "
-                "what state_dict() of one over the same parameters returned"
+                f"the state to load is of groups of {sizes[0]} parameters, and of no HybridAdamW over these, of "
+                f"{sizes[1]}: give what state_dict() of one over the same parameters returned"
             )
+        mine, theirs = ([p for group in of for p in group["params"]] for of in (self.param_groups, groups))
         saved = state_dict["state"]
         states = {p: restored(saved[key], p) for key, p in zip(theirs, mine, strict=True) if key in saved}
         # By parameters, which are no names that were saved, torch takes them as they are, and makes none float32.
         super().load_state_dict({**state_dict, "state": states})
 
-    def _choose(self, group: dict[str, Any], given: list[torch.Tensor], generator: torch.Generator | None) -> None:
-        """Make the states of parameters that have none; when it is time, choose anew for all."""
+    def _check(self, group: dict[str, Any], given: list[torch.Tensor]) -> None:
+        """Raises MemplanError for what was changed since it was given, before anything is updated."""
+        check(group)
+        for p in given:
+            if p.grad is not None and p.grad.is_sparse:
+                raise MemplanError("a gradient is sparse, and HybridAdamW takes none: use torch.optim.SparseAdam")
+            check_parameter(p)
         for p in group["params"]:
             if p in self.state:
-                whole(self.state[p], p)
+                fits(self.state[p], p)
+
+    def _choose(self, group: dict[str, Any], given: list[torch.Tensor], generator: torch.Generator | None) -> None:
+        """Make the states of parameters that have none; when it is time, choose anew for all."""
         due = group["calls"] % group["every"] == 0
         chosen = [p for p in group["params"] if p in self.state] if due else []
         chosen += [p for p in given if p not in self.state]

@@ -25,7 +25,7 @@ def update(parameters: list[torch.Tensor], states: list[State], group: dict[str,
     """One step of each parameter, whose state's `step` counts it already."""
     both = list(zip(parameters, states, strict=True))
     mixed = min(group["at_once"], sum(p.numel() for p, state in both if state["exp_avg_low"].numel()))
-    scratch = torch.empty(4 * mixed, device=parameters[0].device)
+    scratch = torch.empty(4 * mixed, dtype=torch.float32, device=parameters[0].device)
     # One at a time: a gradient that lies in another order than its parameter is copied.
     for batch in _batches((_Part.of(p, state) for p, state in both), group["at_once"]):
         _update(batch, group, generator, scratch)

@@ -21,7 +21,7 @@ def a_share_of_the_cores() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def what_imports_made_is_not_looked_at() -> None:
+def what_imports_made_is_not_looked_at() -> Iterator[None]:
     """Each recording and each compile walks the collector's objects, and so does the collector: for half a million of
     imports, that was half of the time.
     """
@@ -29,6 +29,8 @@ def what_imports_made_is_not_looked_at() -> None:
 
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import memplan
 from memplan.backend import memplan_backend
@@ -38,8 +39,12 @@ def train(optimizer: torch.optim.Optimizer, steps: range, scale: float = 1.0) ->
     return [p.detach().clone() for p in ps]
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    tensors = state_tensors(optimizer)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)  # no part of something larger
     return sum(t.nbytes for t in tensors)
 
@@ -50,7 +55,7 @@ class Measured:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.before = [(weakref.ref(t), t.nbytes) for s in optimizer.state.values() for t in s.values()]
+        self.before = [(weakref.ref(t), t.nbytes) for t in state_tensors(optimizer)]
 
     def peak(self, seen: Any) -> int:
         return seen.timeline.peak_above_base + sum(size for ref, size in self.before if ref() is not None)
@@ -89,6 +94,82 @@ def test_channels_last_and_given_gradients_of_other_strides() -> None:
 
     torchs = run(lambda p: torch.optim.AdamW(p, fused=True), torch.channels_last)
     assert torch.equal(torchs, run(lambda p: HybridAdamW(p, share=0.0), torch.contiguous_format))
+
+
+def test_a_parameter_that_lies_otherwise_than_its_state_is_refused() -> None:
+    """Blocks follow memory: moments would go to other values."""
+    p = nn.Parameter(torch.randn(4, 8, 16, 16))
+    optimizer = HybridAdamW([p], share=0.5)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    p.data = p.data.to(memory_format=torch.channels_last)
+    p.grad = None
+    p.grad = torch.randn_like(p)
+    with pytest.raises(MemplanError, match="strides"):
+        optimizer.step()
+    with pytest.raises(MemplanError, match="strides"):
+        optimizer.load_state_dict(saved)
+    p.data = p.data.contiguous()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rule", [{"share": 0.5}, {"threshold": 0.0}], ids=str)
+def test_another_default_dtype_makes_no_difference(rule: dict[str, float]) -> None:
+    expected = train(HybridAdamW(parameters(), every=2, **rule), range(3))
+    optimizer = HybridAdamW(parameters(), every=2, **rule)
+    step = optimizer.step
+
+    def in_bfloat16() -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    optimizer.step = in_bfloat16  # type: ignore[method-assign]
+    assert all(torch.equal(a, b) for a, b in zip(expected, train(optimizer, range(3)), strict=True))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "memplan"])
+def test_a_step_inside_a_compiled_function(backend: str) -> None:
+    """Runs as it is, outside of graphs."""
+    rows = torch.linspace(-1, 1, 64 * 32).view(64, 32)
+
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        optimizer = HybridAdamW(net.parameters(), share=0.5)
+
+        def step(x: torch.Tensor) -> None:
+            net(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        ours = {"options": {"budget": "1GB", "inner": "eager"}} if backend == "memplan" else {}
+        run = torch.compile(step, backend=backend, **ours) if compiled else step
+        for _ in range(3):
+            run(rows)
+        return list(net.parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_closure_may_be_compiled() -> None:
+    p, counter = nn.Parameter(torch.ones(512)), CompileCounter()
+    optimizer = HybridAdamW([p])
+    loss = torch.compile(lambda: p.square().sum(), backend=counter)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = loss()
+        found.backward()
+        return found
+
+    assert optimizer.step(closure) == 512 and counter.frame_count == 1
 
 
 def test_a_block_is_low_where_its_gradients_are_small() -> None:
@@ -239,7 +320,8 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(rule: dict[str, float]) -> None
     second.load_state_dict(saved)
     for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in (first, second)), strict=True):
         for name, value in first.state[p].items():
-            assert value.dtype == second.state[q][name].dtype and torch.equal(value, second.state[q][name])
+            other = second.state[q][name]
+            assert value == other if name == "strides" else value.dtype == other.dtype and torch.equal(value, other)
     torch.manual_seed(99)  # the rounding has its own numbers
     assert all(torch.equal(a, b) for a, b in zip(end, train(second, range(6, 15)), strict=True))
     assert state_bytes(second) == state_bytes(whole)
@@ -250,9 +332,7 @@ def test_loading_takes_no_memory_beside_the_states() -> None:
     train(first, range(2))
     saved, second = first.state_dict(), HybridAdamW(parameters())
     seen_by_hooks: list[set[torch.dtype]] = []
-    second.register_load_state_dict_post_hook(
-        lambda opt: seen_by_hooks.append({t.dtype for state in opt.state.values() for t in state.values()})
-    )
+    second.register_load_state_dict_post_hook(lambda opt: seen_by_hooks.append({t.dtype for t in state_tensors(opt)}))
     with memplan.record("cpu") as seen:
         second.load_state_dict(saved)
     assert seen.timeline.peak_above_base <= SLACK
@@ -412,6 +492,34 @@ def test_parameters_that_cannot_be(data: torch.Tensor, says: str) -> None:
         HybridAdamW([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("at_once", 0), ("every", 0), ("every", 2.5), ("share", 1.5), ("share", float("nan")), ("lr", None)],
+)
+def test_options_that_are_set_later_are_looked_at_too(name: str, value: Any) -> None:
+    optimizer = HybridAdamW(parameters(), share=0.5)
+    train(optimizer, range(1))
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(MemplanError, match=f"{name} is {value}"):
+        train(optimizer, range(1, 2))
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    optimizer = HybridAdamW(parameters())
+    for betas in [("a", 1), (None, 0.9), 0.9]:
+        with pytest.raises(MemplanError, match="betas"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "betas": betas})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_that_are_of_another_dtype_later() -> None:
+    net = nn.Linear(8, 8)
+    optimizer = HybridAdamW(net.parameters())
+    net.bfloat16()(torch.ones(8).bfloat16()).sum().backward()
+    with pytest.raises(MemplanError, match="bfloat16"):
+        optimizer.step()
+
+
 def test_a_sparse_gradient() -> None:
     optimizer = HybridAdamW([nn.Parameter(torch.zeros(3))])
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3).to_sparse()
@@ -431,8 +539,10 @@ def test_states_of_others_are_not_loaded() -> None:
     wrong = copy.deepcopy(before)
     wrong["state"][0]["low"] = ~wrong["state"][0]["low"]
     wrong["state"][0]["low"][0] ^= True
-    for state in (adamw.state_dict(), fewer.state_dict(), mixed, wrong):
+    ps = parameters()
+    groups = HybridAdamW([{"params": ps[:2]}, {"params": ps[2:]}])
+    for state in (adamw.state_dict(), fewer.state_dict(), mixed, wrong, groups.state_dict(), {}, None):
         with pytest.raises(MemplanError, match="the state to load"):
             optimizer.load_state_dict(state)
     for key, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, before["state"][key][name]) for name, value in state.items())
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(before["state"][key][n])) for n, v in state.items())
