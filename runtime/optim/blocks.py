@@ -85,7 +85,7 @@ def mean_squares(state: State, at_once: int) -> torch.Tensor:
 def repack(state: State, low: torch.Tensor, count: int, at_once: int, generator: torch.Generator | None) -> None:
     """Hold the blocks `low`, of which there are `count`, in bfloat16, and the others in float32. What was in bfloat16
     keeps its value. Takes one new moment beside the states. Interrupted after the first change, the state has no
-    `low`, and is no more of use (`whole`).
+    `low`, and `fits` refuses it.
     """
     if not low.is_meta and torch.equal(low, state["low"]):
         return
