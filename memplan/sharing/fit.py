@@ -5,6 +5,7 @@ With M = W2 W1' the best c leaves a relative error of sqrt(1 - r^2), r = <Q, M> 
 largest <Q, M>. Over every Q it is the sum of M's singular values (orthogonal Procrustes, Schönemann 1966), so no form
 can be below that error. By blocks it is that of each block of M, exactly. Of reflections, one is exact when the others
 stay: its vector is the lowest eigenvector of a symmetric d x d matrix; they are found in turn, and gone through again.
+-Q is no product of as few, so they are found for -M too, where c is negative.
 That is a local optimum; where W2 is such an image of W1, it is that image.
 All in float64.
 """
@@ -71,18 +72,25 @@ def triangles(m: Tensor, form: Blocks) -> Triangles:
 
 
 def reflections(m: Tensor, form: Householder) -> Reflections:
+    """Those of the best c, of either sign."""
+    found = [largest(signed, form.reflectors) for signed in (m, -m)]
+    vectors = max(found, key=lambda vectors: abs(overlap_of(m, vectors)))
+    return Reflections(torch.stack(vectors, 1).flip(-1).contiguous())  # Q' = H(v1) ... H(vk)
+
+
+def largest(m: Tensor, count: int) -> list[Tensor]:
     """Found in turn, for M or for its nearest Q, whichever is better; each then again while the others stay."""
-    starts = [in_turn(a, form.reflectors) for a in (m, nearest(m)[0])]
+    starts = [in_turn(a, count) for a in (m, nearest(m)[0])]
     vectors = max(starts, key=lambda vectors: overlap_of(m, vectors))
     for _ in range(SWEEPS):
         a, before = gained(m, vectors), overlap_of(m, vectors)
-        for j in reversed(range(form.reflectors)):  # a = H(vj+1) ... H(vk) M H(v1) ... H(vj)
+        for j in reversed(range(count)):  # a = H(vj+1) ... H(vk) M H(v1) ... H(vj)
             a = after(a, vectors[j])
             vectors[j] = lowest(a)
             a = after(a.t(), vectors[j]).t()
         if overlap_of(m, vectors) - before <= ENOUGH * (1 - before):
             break
-    return Reflections(torch.stack(vectors, 1).flip(-1).contiguous())  # Q' = H(v1) ... H(vk)
+    return vectors
 
 
 def in_turn(a: Tensor, count: int) -> list[Tensor]:

@@ -140,13 +140,14 @@ def test_eager_keeps_the_image_alone():
 # Fits
 
 
+@pytest.mark.parametrize("c", [1.7, -1.7])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_an_image_is_found(form):
+def test_an_image_is_found(form, c):
     w1 = torch.randn(12, 20, dtype=torch.float64)
-    w2 = 1.7 * random_q(form, 12)(w1).detach()
+    w2 = c * random_q(form, 12)(w1).detach()
     made, error = image(w1, w2, form, False, torch.float64)
     assert error < 1e-6 and least_error(w1, w2) < 1e-6
-    assert made.scale.item() == pytest.approx(1.7)
+    assert abs(made.scale.item()) == pytest.approx(1.7)  # where -Q is of the form, of either sign
     made, error = image(w1, w2, form, False, torch.bfloat16)
     stored = (made(w1.bfloat16()).double() - w2).norm() / w2.norm()
     assert error == pytest.approx(stored.item(), rel=1e-9) and 1e-4 < error < 2e-2
