@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import networkx
-from torch import nn
+from torch import Tensor, nn
 
 from memplan.errors import MemplanError
 from memplan.sharing.fit import image, least_error
@@ -36,7 +36,7 @@ def fit_all(model: nn.Module, form: Form, tolerance: float, kinds: Kinds | None,
     fitted: list[Fitted] = []
     for source, target, fitting in found:
         sides, why = room[target.name] if fitting else ({}, f"{source.described} and {target.described} do not fit")
-        if sides and not (source.weight.any() and target.weight.any()):
+        if sides and not (read(source, target).any() and target.weight.any()):
             sides, why = {}, "all zeros"
         fitted += [fit(form, tolerance, source, target, right, stored) for right, stored in sides.items()]
         if not sides:
@@ -65,8 +65,8 @@ def saving_sides(form: Form, target: Matrix) -> tuple[dict[bool, int], str]:
 
 def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, right: bool, stored: int) -> Fitted:
     """On one side; no image where no Q is under the tolerance."""
-    p, (rows, columns) = target.weight, target.shape
-    w1, w2 = source.weight.detach()[:rows, :columns].double(), p.detach().double()
+    p = target.weight
+    w1, w2 = read(source, target).double(), p.detach().double()
     w1, w2 = (w1.t(), w2.t()) if right else (w1, w2)
     least = least_error(w1, w2)
     pair = dataclasses.replace(
@@ -76,6 +76,12 @@ def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, right: boo
         return dataclasses.replace(pair, why="no Q is under the tolerance"), None
     made, error = image(w1, w2, form, right, p.dtype)
     return dataclasses.replace(pair, error=error), made.requires_grad_(p.requires_grad)
+
+
+def read(source: Matrix, target: Matrix) -> Tensor:
+    """The first rows and columns of the source, on which Q acts."""
+    rows, columns = target.shape
+    return source.weight.detach()[:rows, :columns]
 
 
 def best_pairs(pairs: Iterable[Pair]) -> list[Pair]:

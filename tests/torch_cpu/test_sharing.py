@@ -537,6 +537,14 @@ def test_values_that_are_not_there():
     assert pair.why == "all zeros" and not pair.merged
 
 
+def test_a_source_of_which_nothing_is_read():
+    """Zeros where Q acts: rows that are pruned, of a query that has more of them than the key."""
+    model = llama(2, kv=1)
+    model.get_parameter(layer(0, "self_attn.q_proj")).data[:8] = 0
+    (pair,) = survey(model, form=Householder(2), kinds=Q_AND_K).pairs
+    assert pair.why == "all zeros" and pair.error is None
+
+
 def test_a_report_of_another_model():
     report = share_lossy(llama(2), form=Blocks(), tolerance=0.99)
 
