@@ -79,7 +79,8 @@ def share_as(model: nn.Module, report: Report) -> nn.Module:
         p, right = parameters[pair.target], pair.side == "right"
         form: Form = Blocks(pair.size) if pair.form == "Blocks" else Householder(pair.size or 0)
         q = form.blank(pair.shape[right], p.dtype, p.device)
-        install(model, pair, Image(q, torch.ones((), dtype=p.dtype, device=p.device), pair.shape, right))
+        made = Image(q, torch.ones((), dtype=p.dtype, device=p.device), pair.shape, right)
+        install(model, pair, made.requires_grad_(p.requires_grad))
     return model
 
 

@@ -326,11 +326,12 @@ def test_training_goes_on_in_one_storage():
 
 
 def test_what_does_not_train_stays_so():
-    model = llama(2).requires_grad_(False)
-    share_lossy(model, form=Blocks(), tolerance=0.99)
-    assert not any(p.requires_grad for p in model.parameters())
-    unshare(model)
-    assert not any(p.requires_grad for p in model.parameters())
+    model, other = (llama(2).requires_grad_(False) for _ in range(2))
+    share_as(other, share_lossy(model, form=Blocks(), tolerance=0.99))
+    for one in (model, other):
+        assert not any(p.requires_grad for p in one.parameters())
+        unshare(one)
+        assert not any(p.requires_grad for p in one.parameters())
 
 
 @pytest.mark.parametrize("form", [Householder(4), Blocks(16)], ids=str)
