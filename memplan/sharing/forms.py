@@ -88,7 +88,7 @@ class Householder:
 
     def wrong(self, d: int) -> str:
         """Why there is no such Q of d rows; empty: there is."""
-        return f"any Q of {d} rows is at most {d} reflections" if self.reflectors > d else ""
+        return f"any Q of {d} rows is at most {d} reflections: give fewer" if self.reflectors > d else ""
 
     def arithmetic(self, d: int) -> str:
         """What `nbytes` counts, for people."""
@@ -119,7 +119,11 @@ class Blocks:
 
     def wrong(self, d: int) -> str:
         """Why there is no such Q of d rows; empty: there is."""
-        return f"blocks of {self.of(d)} rows do not divide {d}" if d % self.of(d) or d < 2 else ""
+        b, sizes = self.of(d), [n for n in range(2, d + 1) if d % n == 0]
+        if b in sizes:
+            return ""
+        near = " or ".join(map(str, sorted(sorted(sizes, key=lambda n: abs(n - b))[:2])))
+        return f"blocks of {b} rows do not divide {d}: give {near}" if near else f"a Q of {d} row has no blocks"
 
     def arithmetic(self, d: int) -> str:
         """What `nbytes` counts, for people."""

@@ -76,12 +76,22 @@ def candidates(
     return pairs
 
 
-def found_layers(model: nn.Module, layers: str | None) -> list[list[tuple[str, nn.Module]]]:
-    """Lists of (name, layer), each of two layers or more."""
+def check_model(model: object) -> None:
+    """Raises MemplanError for what has no weights."""
     if not isinstance(model, nn.Module):
         raise MemplanError(f"cannot share weights of a {type(model).__name__}: give a torch.nn.Module")
+
+
+def found_layers(model: nn.Module, layers: str | None) -> list[list[tuple[str, nn.Module]]]:
+    """Lists of (name, layer), each of two layers or more."""
+    check_model(model)
     named = dict(model.named_modules())
     if layers is not None:
+        if not isinstance(layers, str):
+            raise MemplanError(
+                f"layers={layers!r} is no name: give that of the module whose children are the layers, "
+                "layers='model.blocks'"
+            )
         if layers not in named:
             raise MemplanError(f"the model has no module {layers!r}{did_you_mean(layers, named)}")
         outermost = [layers]
@@ -114,7 +124,10 @@ def asked(kinds: Kinds | None, known: Sequence[str]) -> set[tuple[str, str]]:
     """Pairs of kinds, wildcards resolved."""
     if kinds is None:
         return {(kind, kind) for kind in known}
-    kinds = list(kinds)
+    if not isinstance(kinds, Iterable):
+        raise MemplanError(
+            f"kinds={kinds!r}: give pairs of names, [('q_proj', 'k_proj')], or None for each with itself"
+        )
     wanted = set()
     for pair in kinds:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(k, str) for k in pair):
@@ -155,13 +168,13 @@ def check_weights(model: nn.Module, found: dict[str, Matrix]) -> None:
         if type(p.data) is not Tensor or p.dtype not in DTYPES:
             wrong = f"is a {type(p.data).__name__} of {p.dtype}: quantised weights cannot share, name other kinds"
         elif p.device.type == "meta":
-            wrong = "is on the meta device: there are no values to compare"
+            wrong = "is on the meta device: load its values first, there are none to compare"
         elif any(name.startswith(prefix) for prefix in parametrized):
             wrong = "is parametrized, or shared already: memplan.sharing.unshare(model) first, or name other kinds"
         elif owners[p.untyped_storage()._cdata] > 1:
             wrong = "is tied, or shared already: memplan.sharing.unshare(model) first, or name other kinds"
         elif not p.isfinite().all():
-            wrong = "has values that are not finite"
+            wrong = "has values that are not finite: load it anew, or name other kinds"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
             wrong = "is an RNN's, which does not read it by its name: name other kinds"
         else:

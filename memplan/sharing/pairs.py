@@ -7,6 +7,7 @@ Must hold: an image is stored in less than its target. No weight is in two pairs
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -32,7 +33,7 @@ def fit_all(model: nn.Module, form: Form, tolerance: float, kinds: Kinds | None,
     room = {name: saving_sides(form, m) for name, m in {m.name: m for _, m, fitting in found if fitting}.items()}
     if not any(sides for sides, _ in room.values()):
         name, (_, why) = max(room.items(), key=lambda item: "values" in item[1][1])
-        raise MemplanError(f"{form} saves nothing, here of {name}: {why}; make Q smaller")
+        raise MemplanError(f"{form} saves nothing, here of {name}: {why}")
     fitted: list[Fitted] = []
     for source, target, fitting in found:
         sides, why = room[target.name] if fitting else ({}, f"{source.described} and {target.described} do not fit")
@@ -58,13 +59,13 @@ def saving_sides(form: Form, target: Matrix) -> tuple[dict[bool, int], str]:
             whys.append(
                 f"Q of {d} {'columns' if right else 'rows'} and c take {form.arithmetic(d)} and one, {stored:,} bytes, "
                 f"and the weight has {target.shape[0]} x {target.shape[1]} values, {size:,} bytes (a dense Q would "
-                f"have {d} x {d})"
+                f"have {d} x {d}): make Q smaller"
             )
     return sides, max(whys, key=lambda why: "values" in why, default="")
 
 
 def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, right: bool, stored: int) -> Fitted:
-    """On one side; no image where no Q is under the tolerance."""
+    """On one side; no image where no Q is under the tolerance, or none can be stored."""
     p = target.weight
     w1, w2 = read(source, target).double(), p.detach().double()
     w1, w2 = (w1.t(), w2.t()) if right else (w1, w2)
@@ -75,6 +76,9 @@ def fit(form: Form, tolerance: float, source: Matrix, target: Matrix, right: boo
     if least > tolerance + ROUNDING:
         return dataclasses.replace(pair, why="no Q is under the tolerance"), None
     made, error = image(w1, w2, form, right, p.dtype)
+    if not math.isfinite(error):
+        dtype = str(p.dtype).removeprefix("torch.")
+        return dataclasses.replace(pair, why=f"c or what it makes is out of the range of {dtype}"), None
     return dataclasses.replace(pair, error=error), made.requires_grad_(p.requires_grad)
 
 

@@ -21,8 +21,9 @@ class Pair:
     """`target` is, or would be, c Q `source` (left) or c `source` Q (right): one entry for each side.
 
     `shape`: the target's; Q acts on the source's first rows and columns of that shape. `error`: |target - image| /
-    |target|, Frobenius, as stored; None where it was not looked for. `least`: what the best orthogonal Q leaves, in
-    any form, on that side. `bytes`: the target's. `stored`: what Q and c take in its place. `why`: why not merged.
+    |target|, Frobenius, as stored; None where it was not looked for, or is not finite. `least`: what the best
+    orthogonal Q leaves, in any form, on that side. `bytes`: the target's. `stored`: what Q and c take in its place.
+    `why`: why not merged.
     """
 
     source: str

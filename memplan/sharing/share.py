@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from memplan.errors import MemplanError
 from memplan.runtime.streamed import own_class
 from memplan.sharing.forms import Blocks, Form, Householder, Image
-from memplan.sharing.layers import Kinds
+from memplan.sharing.layers import Kinds, check_model
 from memplan.sharing.pairs import best_pairs, fit_all
 from memplan.sharing.report import Pair, Report
 
@@ -64,6 +64,11 @@ def share_as(model: nn.Module, report: Report) -> nn.Module:
 
     Raises MemplanError where the model has not the report's weights; then nothing has changed.
     """
+    check_model(model)
+    if not isinstance(report, Report):
+        raise MemplanError(
+            f"a {type(report).__name__} is no report: give what share_lossy returned, or Report.load reads"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for pair in report.merged:
         for name in (pair.source, pair.target):
@@ -86,6 +91,7 @@ def share_as(model: nn.Module, report: Report) -> nn.Module:
 
 def unshare(model: nn.Module) -> nn.Module:
     """Give every shared weight a storage of its own again, with the values that it reads as; returns the module."""
+    check_model(model)
     for owner in list(model.modules()):
         for name in list(getattr(owner, "parametrizations", ())):
             chain: Any = owner.parametrizations[name]  # type: ignore[index]

@@ -444,8 +444,12 @@ def wrong(match: str, model=None, call=share_lossy, **options) -> None:
 def test_no_layers():
     wrong("has no layers: no torch.nn.ModuleList of two or more", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     wrong("has no layers", llama(1))
-    wrong("give a torch.nn.Module", [nn.Linear(4, 4)])
+    report = Report((), 0.5, 1, 1)
+    for call in (share_lossy, lambda model, **_: share_as(model, report), lambda model, **_: unshare(model)):
+        wrong("of a list: give a torch.nn.Module", [nn.Linear(4, 4)], call)
     wrong("no module 'model.layer'; did you mean 'model.layers'?", layers="model.layer")
+    for layers in (5, ["model.layers"]):
+        wrong("is no name: give that of the module whose children are the layers", layers=layers)
     wrong("no layer has a matrix", nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)]))
 
 
@@ -458,6 +462,7 @@ def test_names_that_match_nothing():
     wrong("no matrix of a layer is called 'q_prj'", kinds=[("q_prj", "k_proj")])
     wrong("did you mean 'mlp.up_proj'", kinds=[("mlp.up_prj", "k_proj")])
     wrong("give pairs of names", kinds=("q_proj", "k_proj"))
+    wrong("kinds=5: give pairs of names", kinds=5)
     wrong("kinds is empty", kinds=[])
 
 
@@ -481,8 +486,9 @@ def test_forms_that_cannot_be():
     for make in (lambda: Householder(0), lambda: Householder(2.5), lambda: Blocks(1), lambda: Blocks(True)):
         with pytest.raises(MemplanError, match="give a whole number"):
             make()
-    wrong("blocks of 5 rows do not divide 32", form=Blocks(5))
+    wrong("blocks of 7 rows do not divide 32: give 4 or 8", form=Blocks(7), kinds=[("q_proj", "q_proj")])
     wrong("any Q of 32 rows is at most 32 reflections", form=Householder(33), kinds=[("q_proj", "q_proj")])
+    wrong("a Q of 1 row has no blocks", nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]), form=Blocks(2))
 
 
 def test_a_dense_q_saves_nothing():
@@ -528,10 +534,10 @@ def test_weights_that_are_not_read_by_name():
 def test_values_that_are_not_there():
     model = llama(2)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
-    wrong("mlp.up_proj.weight has values that are not finite", model)
+    wrong("mlp.up_proj.weight has values that are not finite: load it anew", model)
     with torch.device("meta"):
         meta = llama(2)
-    wrong("is on the meta device", meta)
+    wrong("is on the meta device: load its values first", meta)
     model = llama(2)
     model.model.layers[1].mlp.up_proj.weight.data.zero_()
     (pair,) = share_lossy(model, form=Blocks(), tolerance=0.9, kinds=[("up_proj", "up_proj")]).pairs
@@ -555,6 +561,19 @@ def test_a_report_of_another_model():
     wrong("has no parameter 'model.layers.0", nn.Linear(2, 2), call)
     other = llama(2, head_dim=4)
     wrong("in the report: is it another model?", other, call)
+    report = None
+    wrong("is no report: give what share_lossy returned", llama(2), call)
+
+
+def test_an_image_out_of_range(tmp_path):
+    """c is more than the dtype holds: no such image, and a report that can be saved."""
+    net = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    net[1].weight.data = 1e5 * net[0].weight.data
+    report = share_lossy(net.half(), form=Householder(2), tolerance=0.5)
+    assert all(pair.why == "c or what it makes is out of the range of float16" for pair in report.pairs)
+    assert all(pair.error is None and pair.least < 0.5 for pair in report.pairs)
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == report
 
 
 def test_one_more_parametrization_is_not_lost():
