@@ -13,7 +13,7 @@ stays on the device, where the article's chunk is one copy.
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,7 @@ from memplan.passes.simulate import peak
 Chunk = tuple[int, ...]  # storages
 Way = Literal["recompute", "load"]
 WAYS: tuple[Way, ...] = ("recompute", "load")
+PARTS = 16  # between the numbers of chunks that are tried where bisection finds none that fits
 
 
 def chunks(step: Step, size: int, inputs: Collection[int] = ()) -> list[Chunk]:
@@ -48,12 +49,41 @@ def chunks(step: Step, size: int, inputs: Collection[int] = ()) -> list[Chunk]:
     return [tuple(chunk) for chunk in found]
 
 
+def most(peak: Callable[[int], int], last: int, room: int) -> int:
+    """The largest number, 0 to `last`, whose peak is at most `room`; where none is found, that of the least peak.
+
+    A peak rises with the number of chunks that are kept, but first it may fall: where little is kept, much is there
+    again at once. Of peaks that do only this, it is the largest as soon as one that fits is met: by bisection, or else
+    among PARTS + 1 numbers over all, and then as many around the lowest of them, ... Of others it may be a smaller
+    one. Those that are tried last do not depend on `room`, so what fits one fits each larger one.
+    """
+    found, low, high = _bisected(peak, 0, last + 1, room), 0, last
+    while peak(found) > room:
+        tried = sorted({found, *(low + (high - low) * i // PARTS for i in range(PARTS + 1))})
+        if fitting := [n for n in tried if peak(n) <= room]:
+            return _bisected(peak, fitting[-1], min((n for n in tried if n > fitting[-1]), default=last + 1), room)
+        found = min(tried, key=lambda n: (peak(n), -n))
+        if high - low <= PARTS:  # each between them was tried
+            break
+        at = tried.index(found)
+        low, high = tried[max(0, at - 1)], tried[min(at + 1, len(tried) - 1)]
+    return found
+
+
+def _bisected(peak: Callable[[int], int], few: int, over: int, room: int) -> int:
+    """As far as is known, `few` fits, and `over` does not."""
+    while over - few > 1:
+        middle = (few + over) // 2
+        few, over = (middle, over) if peak(middle) <= room else (few, middle)
+    return few
+
+
 @dataclass(frozen=True)
 class Chunked:
     """`chunk`: bytes. `ways`: what may become of a chunk that is not kept. `share`: of the bytes of all chunks, the
-    most that is kept, inputs of blocks first; None: what the budget holds. `segment`: blocks from one input that never
-    runs again to the next; 0: the square root of their number. `in_flight`, `small`: as in passes/policies/offload.py.
-    Raises MemplanError for what is none of these.
+    most that is kept, inputs of blocks first; None: what the budget holds, as `most` finds it. `segment`: blocks from
+    one input that never runs again to the next; 0: the square root of their number. `in_flight`, `small`: as in
+    passes/policies/offload.py. Raises MemplanError for what is none of these.
     """
 
     chunk: int = 64 * 2**20
@@ -101,13 +131,16 @@ class Chunked:
             )  # fmt: skip
             return saved, moved, peak(step, crosses, moved, runs)
 
-        few, many = 0, len(last)  # as far as is known: keeping `few` fits, more than `many` does not
-        if self.share is not None:
-            few = many = self._shared(step, last, inputs)
-        while few < many:
-            middle = (few + many + 1) // 2
-            few, many = (middle, many) if crossing(middle)[2] <= budget.available else (few, middle - 1)
-        saved, moved, _ = crossing(few)
+        known = step.once(_peaks, self, machine, budget.host_bytes)
+
+        def peak_of(count: int) -> int:
+            if count not in known:
+                known[count] = crossing(count)[2]
+            return known[count]
+
+        shared = self.share is not None
+        count = self._shared(step, last, inputs) if shared else most(peak_of, len(last), budget.available)
+        saved, moved, _ = crossing(count)
         return decided(step.read_in_backward | saved, saved, moved)
 
     def _shared(self, step: Step, last: Sequence[Chunk], inputs: frozenset[int]) -> int:
@@ -142,6 +175,11 @@ class Chunked:
                 free, room = there, room - size
                 found.append(chunk)
         return found
+
+
+def _peaks(step: Step, *of: object) -> dict[int, int]:
+    """Number of chunks that are kept -> peak: as they become known, since they are the same for each `Budget.bytes`."""
+    return {}
 
 
 def _made(step: Step, machine: Machine) -> dict[int, float]:

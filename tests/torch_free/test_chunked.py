@@ -1,5 +1,6 @@
 """Chunked checkpointing: chunks are what they are said to be, plans are valid, and its limits are other policies."""
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -19,7 +20,7 @@ from memplan.passes.check import check
 from memplan.passes.pipeline import evaluate
 from memplan.passes.policies import Policy, find, name_of
 from memplan.passes.policies.block_checkpoint import BlockCheckpoint, SqrtN
-from memplan.passes.policies.chunked import WAYS, Chunked, Way, chunks
+from memplan.passes.policies.chunked import WAYS, Chunked, Way, chunks, most
 from memplan.passes.policies.offload import SMALL
 from memplan.passes.policies.save_all import SaveAll
 from memplan.passes.simulate import peak
@@ -182,6 +183,37 @@ def test_what_the_bus_takes_in_time_is_loaded() -> None:
     assert not any(
         isinstance(d, Offload) for d in Chunked()(step, dataclasses.replace(budget, host_bytes=0), TARGET).values()
     )
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=300), st.integers(0, 300), st.integers(0, 60))
+def test_the_most_that_fits(peaks: list[int], turn: int, room: int) -> None:
+    """Exact where peaks fall and then rise, if a sixteenth of all numbers fits; room for the least is enough."""
+
+    def found(of: list[int], room: int) -> int:
+        tried = set[int]()
+        most_of = most(lambda n: tried.add(n) or of[n], len(of) - 1, room)  # type: ignore[func-returns-value]
+        assert len(tried) <= 50
+        assert of[most_of] > room or most_of == len(of) - 1 or of[most_of + 1] > room
+        return most_of
+
+    assert peaks[found(peaks, -1)] > room or peaks[found(peaks, room)] <= room
+    valley = sorted(peaks[:turn], reverse=True) + sorted(peaks[turn:])
+    fitting = [n for n, size in enumerate(valley) if size <= room]
+    assert not fitting or found(valley, room) == fitting[-1] or len(fitting) < len(valley) / 16
+    rising = sorted(peaks)
+    assert rising[0] > room or found(rising, room) == bisect.bisect(rising, room) - 1
+
+
+def test_as_many_chunks_as_fit() -> None:
+    """Of a step whose peak falls before it rises: no share that fits keeps more."""
+    step = recorded_steps.load("unet_256")
+    shares = [planned(step, Chunked(share=n / 16)) for n in range(17)]
+    for room in (min(plan.peak for plan in shares), 8 * 10**9, 14 * 10**9):
+        plan = planned(step, Chunked(), Budget(room))
+        assert plan.fits and on_device(plan) >= max(on_device(p) for p in shares if p.peak <= room)
+    least = planned(step, Chunked(), Budget(0))
+    assert least.peak <= min(plan.peak for plan in shares) and planned(step, Chunked(), Budget(least.peak)).fits
 
 
 def slope(depths: list[int], sizes: list[int]) -> float:
