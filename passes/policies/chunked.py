@@ -95,21 +95,26 @@ class Chunked:
     name: str = "chunked"
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise MemplanError(f"chunks of {self.chunk} bytes hold nothing: give 1 or more, as chunk=64 * 2**20")
-        if self.segment < 0:
-            raise MemplanError(
-                f"a segment of {self.segment} blocks has no end: give 1 or more, or 0 for the square root of all"
-            )
-        if not self.ways or isinstance(self.ways, str) or not set(self.ways) <= set(WAYS):
+        self._whole("chunk", 1, "bytes, 1 or more, as chunk=64 * 2**20")
+        self._whole("segment", 0, "blocks, 0 or more; 0 is the square root of all")
+        self._whole("small", 0, "bytes, 0 or more; less is not loaded")
+        if self.in_flight is not None:
+            self._whole("in_flight", 0, "copies, 0 or more, or None for as many as it takes")
+        if not self.ways or not isinstance(self.ways, tuple) or not all(way in WAYS for way in self.ways):
             raise MemplanError(
                 f"ways={self.ways!r} is not what may become of a chunk: give a tuple of 'recompute' and 'load'; how "
                 "much is kept is what share says"
             )
-        if self.share is not None and not 0 <= self.share <= 1:
+        number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if self.share is not None and not (number and 0 <= self.share <= 1):
             raise MemplanError(
-                f"a share of {self.share:g} of the chunks cannot be kept: give 0 to 1, or None for what fits"
+                f"a share of {self.share!r} of the chunks cannot be kept: give 0 to 1, or None for what fits"
             )
+
+    def _whole(self, name: str, least: int, of: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise MemplanError(f"{name}={value!r:.60} is none of a chunked plan's: give a whole number of {of}")
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         blocks = frontiers(step)

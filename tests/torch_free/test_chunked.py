@@ -246,14 +246,15 @@ def test_it_is_ranked_with_the_others() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"chunk": 0}, "chunks of 0 bytes hold nothing"),
-        ({"segment": -1}, "a segment of -1 blocks has no end"),
-        ({"ways": ()}, r"ways=\(\) is not"),
-        ({"ways": "load"}, "ways='load' is not"),
-        ({"ways": ("keep",)}, r"ways=\('keep',\) is not"),
-        ({"share": 1.5}, "a share of 1.5"),
-        ({"share": math.nan}, "a share of nan"),
+        *(({"chunk": n}, "give a whole number of bytes, 1 or more") for n in (0, 1.5, math.nan, True, None, "64MB")),
+        *(({"segment": n}, "give a whole number of blocks, 0 or more") for n in (-1, 1.5, None, "2")),
+        *(({"small": n}, "give a whole number of bytes, 0 or more") for n in (-1, math.nan, None)),
+        *(({"in_flight": n}, "give a whole number of copies, 0 or more") for n in (-1, math.nan, "1MB")),
+        *(({"ways": n}, "is not what may become") for n in ((), 5, None, "load", ("keep",), (["load"],))),
+        *(({"ways": n}, "give a tuple of 'recompute' and 'load'") for n in (["recompute"], {"load"})),
+        *(({"share": n}, f"a share of {n!r}") for n in (-0.1, 1.5, math.nan, "40%", True)),
     ],
+    ids=str,
 )
 def test_what_it_cannot_be_is_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(MemplanError, match=says):
