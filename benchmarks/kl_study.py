@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.machine import save
+from benchmarks.machine import save, writable
 from examples import kl_study as study
 from memplan.grpo import kl_in_reward
 
@@ -45,8 +45,8 @@ Figures = dict[str, float]
 def main() -> int:
     """Run, print, write, draw; 1 if a statement does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", default="benchmarks/results/kl_study.json")
-    parser.add_argument("--plot", default="docs/kl-study.png")
+    parser.add_argument("-o", "--out", type=writable, default="benchmarks/results/kl_study.json")
+    parser.add_argument("--plot", type=writable, default="docs/kl-study.png")
     args = parser.parse_args()
     torch.set_num_threads(1)  # tensors of a few hundred numbers
     figures: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""What a benchmark writes beside its figures: the machine, the versions, and the time."""
+"""What a benchmark writes beside its figures: the machine, the versions, and the time; and whether it can."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -32,6 +33,13 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def writable(path: str) -> str:
+    """An argument's type: refused before anything is measured where it cannot be written."""
+    if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {path!r}: name a file in a folder that exists and is writable")
+    return path
 
 
 def save(path: str | Path, figures: dict[str, Any]) -> None:

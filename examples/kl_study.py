@@ -16,6 +16,7 @@ reference.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -177,6 +178,7 @@ def train(
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)  # tensors of a few hundred numbers
     print(f"reward and KL(policy || reference) in nats after {STEPS} steps, of samples and of expected gradients")
     for name, e in EXPERIMENTS.items():

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import kl_study as benchmark
 from benchmarks.kl_study import HOLDS, HOW, NO_DETACH, WHO, compared, curves, ends, policies
 from examples import kl_study as study
 from memplan.grpo import GRPOConfig, batch_loss, policy_ratio
@@ -265,3 +267,24 @@ def test_what_the_page_says_in_words():
     for path in re.findall(r"`((?:memplan|tests|examples|benchmarks)/[\w/]+\.py)`?", DOC.read_text()):
         assert (ROOT / path).is_file(), path
     assert (DOC.parent / "kl-study.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "says"),
+    [
+        (study.main, ["--help"], "What must hold"),
+        (study.main, ["--seed", "1"], "unrecognized arguments: --seed"),
+        (
+            benchmark.main,
+            ["-o", "nowhere/figures.json"],
+            "cannot write 'nowhere/figures.json': name a file in a folder",
+        ),
+        (benchmark.main, ["--plot", "."], "cannot write '.'"),
+    ],
+)
+def test_arguments_are_read_first(main, arguments, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kl_study.py", *arguments])
+    monkeypatch.setattr(study, "train", None)
+    with pytest.raises(SystemExit):
+        main()
+    assert says in "".join(capsys.readouterr())
