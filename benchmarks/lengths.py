@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for tests.models, which
 
 import memplan
 from benchmarks.machine import save
-from memplan import backend
+from memplan.backend import memplan_backend
 from tests.models import Rollout, Sample, language_model
 
 VOCABULARY = 128
@@ -68,9 +69,11 @@ def main() -> int:
     except memplan.DoesNotFit as refused:
         budget = int(1.05 * refused.smallest)
     plans: list[float] = []
-    backend._report = lambda plan, _: plans.append(round(plan.overhead, 4))  # type: ignore[assignment]
-    options = {"budget": budget, "inner": "eager"} | ({"limits": {"tokens": args.longest}} if args.limits else {})
-    step = torch.compile(sample.step, backend=backend.memplan_backend, options=options)
+    options: dict[str, Any] = {"budget": budget, "inner": "eager"}
+    options["out"] = lambda plan: plans.append(round(plan.overhead, 4))
+    if args.limits:
+        options["limits"] = {"tokens": args.longest}
+    step = torch.compile(sample.step, backend=memplan_backend, options=options)
     parameters = sum(t.nbytes for t in [*sample.module.parameters(), *sample.module.buffers()])
     lengths = [round(16 * (args.longest / 16) ** generator.random()) for _ in range(args.steps - 1)] + [args.longest]
     peaks, slowest, early = [], 0.0, 0

@@ -139,7 +139,7 @@ class Switch:
             init(trainer, *args, **kwargs)
             seen.budgets.append(self.least.get(_trains(trainer), 1))
             try:
-                ours.planned(trainer, budget=seen.budgets[-1], inner="eager")
+                ours.planned(trainer, budget=seen.budgets[-1], inner="eager", out=report)
             except MemplanError as error:
                 seen.refused = str(error).splitlines()[0]
                 raise
@@ -155,13 +155,12 @@ class Switch:
                 self.least[_trains(made[at])] = max(error.smallest, seen.budgets[at] + 1)
                 raise
 
-        def report(plan: Any, options: Any) -> None:
+        def report(plan: Any) -> None:
             seen.plans += 1
             seen.recomputed += sum(isinstance(d, memplan.Recompute) for _, d in plan.decisions)
 
         patch.setattr(trl.GRPOTrainer, "__init__", planned_init)
         patch.setattr(ours._Passes, "run", counted)
-        patch.setattr("memplan.backend._report", report)
 
 
 def _trains(trainer: Any) -> tuple[Any, ...]:

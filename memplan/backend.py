@@ -81,7 +81,7 @@ def memplan_backend(
         partitioner,
         _compiler(read),
         report,
-        functools.partial(explain, out=read.out),
+        functools.partial(explain, out=read.file),
         dict(read.limits),
         step,
         read.optimizer,
@@ -137,5 +137,7 @@ def _report(plan: Plan, options: Options) -> None:
         log.info("%s", note)
     for note in plan.step.notes:  # what the plan cannot promise, but for what was tiled
         log.log(logging.INFO if note.startswith("tiled") else logging.WARNING, "%s", note)
-    if options.out is not None:
-        plan.with_others().save(options.out)
+    if options.file is not None:
+        plan.with_others().save(options.file)
+    elif callable(options.out):
+        options.out(plan)

@@ -58,7 +58,7 @@ def plan(arguments: argparse.Namespace) -> int:
         for name in ("budget", "host_budget", "machine", "policy", "inner", "out", "optimizer", "tiles", "cost")
     }
     options = Options.read(given)
-    _check_out(Plan, options.out, arguments.force or arguments.out is None)  # MEMPLAN_OUT is for runs that plan again
+    _check_out(Plan, options.file, arguments.force or arguments.out is None)  # MEMPLAN_OUT is for runs that plan again
     with _progress(f"loading {arguments.target}"):
         step, batch = _make_step(arguments.target)
     names = ("budget", "host_budget", "machine", "policy", "inner", "optimizer", "cost")
@@ -80,9 +80,9 @@ def plan(arguments: argparse.Namespace) -> int:
             made = memplan.plan(step, batch, **asked)
             text = serialize.to_json(made) if arguments.json else str(made)
     print(text)
-    if options.out:
-        with _progress(f"writing {options.out}"):
-            report.save(made, options.out)
+    if options.file:
+        with _progress(f"writing {options.file}"):
+            report.save(made, options.file)
     return 0 if made.fits else 3
 
 

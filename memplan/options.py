@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from memplan import memory
 from memplan.errors import MemplanError, did_you_mean
-from memplan.ir import COST_MODELS, Budget, CostModel, Machine
+from memplan.ir import COST_MODELS, Budget, CostModel, Machine, Plan
 from memplan.machines import machine
 from memplan.units import human
 from memplan.units import parse_bytes as parse_bytes
@@ -43,7 +43,8 @@ class Options:
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on; else a name, a
     machine file, or the Machine itself.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
-    `out`: the file to which the plan is saved, .json or .png.
+    `out`: the file to which the plan is saved, .json or .png, or a function that is called with each plan that is
+    adopted, list.append say.
     `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
     it, or a function that makes it from parameters, or itself.
     `tiles`: the most rows of a slice, for every region that can run in slices; {"lm_head": 256}, for those in a module
@@ -58,12 +59,17 @@ class Options:
     machine: Machine | None = None
     inner: Literal["inductor", "eager"] = "inductor"
     inductor: tuple[tuple[str, Any], ...] = ()
-    out: str | None = None
+    out: str | Callable[[Plan], object] | None = None
     limits: tuple[tuple[str, int], ...] = ()
     optimizer: Any = None
     tiles: int | tuple[tuple[str, int | str], ...] | Literal["auto"] | None = None
     host_budget: str | int | float | None = None
     cost: CostModel | None = None
+
+    @property
+    def file(self) -> str | None:
+        """Where the plan is saved."""
+        return self.out if isinstance(self.out, str) else None
 
     @property
     def cost_model(self) -> CostModel:
@@ -112,9 +118,11 @@ class Options:
             raise MemplanError(f"option 'inductor' has {taken[0]!r}, which is where memplan plans; leave it out")
         if inductor and inner == "eager":
             raise MemplanError("option 'inductor' has no effect with inner='eager'; leave one of them out")
-        if "out" in values:
+        if "out" in values and not callable(values["out"]):
             if not isinstance(values["out"], (str, Path)):
-                raise MemplanError(f"option 'out' is {values['out']!r}: give the path of a .json or .png file")
+                raise MemplanError(
+                    f"option 'out' is {values['out']!r}: give the path of a .json or .png file, or a function of a plan"
+                )
             values["out"] = str(values["out"])
         limits = _sizes(values.get("limits", {}))
         return Options(**values | {"inductor": tuple(inductor.items()), "limits": limits})

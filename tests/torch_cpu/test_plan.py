@@ -94,6 +94,16 @@ def test_plan_is_what_the_backend_plans(case: Case, tmp_path) -> None:
     assert [op.target for op in ahead.step.ops] == [op.target for op in planned.step.ops]
 
 
+def test_a_function_is_called_with_each_plan(tmp_path) -> None:
+    net, seen, x = Net(), list[Plan](), torch.randn(4, 8)
+    for out in (seen.append, tmp_path / "plan.json"):
+        torch._dynamo.reset()
+        torch.compile(net, backend=memplan_backend, options={"inner": "eager", "out": out})(x)
+    assert [plan.peak for plan in seen] == [Plan.load(tmp_path / "plan.json").peak]
+    memplan.compile(net, inner="eager", out=seen.append)(x)
+    assert len(seen) == 2 and seen[1].decisions == seen[0].decisions
+
+
 def test_each_row_says_what_else_could_have_been_decided(tmp_path) -> None:
     net, x = Net(), torch.randn(4, 8)
     plan = memplan.plan(net, x, inner="eager", policy="save-all")
