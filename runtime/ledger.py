@@ -131,6 +131,17 @@ class Ledger:
         self._lock = DeviceLock(device, folder)
         self._beside = self._measure()
 
+    def __str__(self) -> str:
+        """For people: what is where now."""
+        inside = self._inside.get(self.device)
+        at = f"in phase {inside[0]}" if inside else f"set up for phase {self.at}" if self.at else "no phase is set up"
+        width = max(map(len, self.leases), default=0)
+        lines = [f"ledger of {human(self.budget)} on {self.device}, {human(self.spare)} free; {at}"]
+        for lease in self.leases.values():
+            phases = ", ".join(phase for phase in PHASES if phase in lease.phases)
+            lines.append(f"  {lease.tag:{width}}  {human(lease.bytes):>10}  {lease.state:9}  {phases}")
+        return "\n".join(lines)
+
     def close(self) -> None:
         """Let another process have the device."""
         self._incoming.settle()

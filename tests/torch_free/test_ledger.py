@@ -81,6 +81,21 @@ def ledger(make: Make, device: Device) -> Ledger:
     return made
 
 
+def test_printed_it_says_who_has_what(ledger: Ledger) -> None:
+    def lines() -> list[str]:
+        return [" ".join(line.split()) for line in str(ledger).splitlines()]
+
+    assert lines()[0] == "ledger of 100 B on cpu, 80 B free; no phase is set up"
+    with ledger.phase("train"):
+        assert lines() == [
+            "ledger of 100 B on cpu, 20 B free; in phase train",
+            "weights 20 B resident rollout, score, train",
+            "kv_cache 70 B dropped rollout",
+            "optimizer 60 B resident train",
+        ]
+    assert lines()[0].endswith("set up for phase train")
+
+
 def states(ledger: Ledger) -> dict[str, str]:
     return {tag: lease.state for tag, lease in ledger.leases.items()}
 
