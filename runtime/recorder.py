@@ -20,7 +20,7 @@ What must hold: bytes are the allocator's, so totals may exceed the tensors' by 
 per block). Not seen: memory taken behind the allocator (MKL's workspaces), on the CPU also other threads' (those
 of autograd are seen) and, at entry, storages that no Python object reaches.
 
-Cost on the CPU, measured on 2 busy cores: 0.15 s at entry and at exit for a process of 300,000 Python objects; per op
+Cost on the CPU, measured on 2 busy cores: 0.2 s at entry and at exit for a process of a million Python objects; per op
 1 us and 2 KiB while it runs, and 20 us when the timeline is first read. With lines, 10 us more at exit. Nothing else is
 kept.
 """
