@@ -16,7 +16,8 @@ class DoesNotFit(MemplanError):
     """No plan fits the budget.
 
     Attributes (bytes): `budget`, what was allowed; `needed`, the smallest budget that the chosen policy fits;
-    `smallest`, the smallest that any built-in policy fits.
+    `smallest`, the smallest that is known to fit: with a policy that looks for it, as `optimal` and `greedy` do, with
+    that one, else with `optimal`.
     """
 
     def __init__(self, message: str, *, budget: int, needed: int, smallest: int) -> None:

@@ -57,7 +57,9 @@ def make_plan(
 
 
 def _least(plan: Plan, chosen: policies.Policy) -> Plan:
-    """The smallest plan that is found where this one, of a policy, does not fit."""
+    """The smallest plan that is found where this one, of a policy, does not fit: a policy's own if it looks for it, so
+    that what a refusal names is enough for it, else optimal's.
+    """
     if policies.finds_least(chosen):
         return plan
     nothing, optimal = plan.budget.leaving(0), Optimal()

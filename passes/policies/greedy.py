@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from memplan.ir import Budget, Decisions, Machine, Offload, Step
 from memplan.passes.blocks import frontiers
@@ -48,6 +48,7 @@ class Greedy:
     points: int = 96
     small: int = SMALL
     name: str = "greedy"
+    finds_least: ClassVar[bool] = True
 
     def __call__(self, step: Step, budget: Budget, machine: Machine) -> Decisions:
         points = step.once(path, machine, self.points)

@@ -54,10 +54,10 @@ def total_peak(sample: Sample, step, batch: Rollout) -> int:
     return seen.timeline.peak_above_base + resident(sample, batch)
 
 
-def smallest(sample: Sample, tokens: int, inner: str) -> int:
+def smallest(sample: Sample, tokens: int, inner: str, policy: str = "optimal") -> int:
     """The smallest budget for one length, planned alone."""
     with pytest.raises(DoesNotFit) as refused:
-        memplan.plan(sample.step, of_length(sample, tokens), budget=1, inner=inner)
+        memplan.plan(sample.step, of_length(sample, tokens), budget=1, inner=inner, policy=policy)
     return refused.value.smallest
 
 
@@ -137,7 +137,7 @@ def test_the_plan_of_another_length_is_exact(policy, monkeypatch) -> None:
         return kept[-1]
 
     monkeypatch.setattr("memplan.backend._compiler", lambda options: compiler)
-    budget = int(1.05 * smallest(sample, 160, "eager"))
+    budget = int(1.05 * smallest(sample, 160, "eager", "greedy"))
     options = {"policy": policy, "inner": "eager", "budget": budget if policy == "greedy" else None}
     step = torch.compile(sample.step, backend=memplan_backend, options=options | {"limits": {"tokens": 160}})
     for tokens in (16, 24):

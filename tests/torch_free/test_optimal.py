@@ -88,6 +88,8 @@ def test_the_budget_that_a_refusal_names_is_enough(
     below = dataclasses.replace(nothing, bytes=data.draw(st.integers(-1, least - 1)))
     for policy in (optimal, SaveAll()):
         assert smallest(step, policy, below, machine) == least
+    of_greedy = smallest(step, Greedy(), nothing, machine)
+    assert make_plan(step, Greedy(), dataclasses.replace(nothing, bytes=of_greedy), machine, inner="eager").fits
 
 
 def test_a_search_for_the_least_goes_below_every_other_policy() -> None:
