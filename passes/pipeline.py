@@ -32,8 +32,8 @@ def make_plan(
     smallest: bool = False,
     several: bool = False,
 ) -> Plan:
-    """The policy's plan; with `smallest` its smallest one, and with `several` too the best of any policy for a graph
-    that others run beside. Raises DoesNotFit when `fit` and it is over the budget.
+    """The policy's plan; with `smallest` its smallest one, or greedy's where that fits, and with `several` too the best
+    of any policy for a graph that others run beside. Raises DoesNotFit when `fit` and it is over the budget.
     """
     if smallest and several:
         saved = least_beside_others(step, machine)
