@@ -17,6 +17,7 @@ Exit code 1 when a test passes unplanned and neither passes planned nor is refus
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import inspect
 import json
@@ -187,6 +188,7 @@ def run(
 ) -> list[dict[str, dict[str, Any]]]:
     """By test of a part: what came out, with memplan off and on."""
     torch.set_num_threads(1)
+    gc.freeze()  # compiling walks the collector's objects, and imports made most of them
     arguments = [str(tests), "-q", "-p", "no:cacheprovider", "--no-header", "--no-summary", "--show-capture=no", "-s"]
     arguments += ["-c", os.devnull, "--rootdir", str(folder), "-m", "", "-k", chosen]
     both = [Switch(on, folder, part, epochs, known, least) for on in (False, True)]

@@ -27,7 +27,7 @@ def flat(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     where it lies otherwise. Raises MemplanError for a parameter that has holes, or values twice.
     """
     if t.is_contiguous() and like.is_contiguous():
-        return t.detach().view(-1)
+        return t.view(-1)
     if not _fills(like):
         raise MemplanError(
             f"a parameter of shape {list(like.shape)} and strides {list(like.stride())} does not fill its memory, "
@@ -35,7 +35,7 @@ def flat(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         )
     if t.stride() != like.stride():
         t = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
-    return t.detach().as_strided((t.numel(),), (1,))
+    return t.as_strided((t.numel(),), (1,))
 
 
 def _fills(t: torch.Tensor) -> bool:

@@ -43,16 +43,14 @@ class _Part:
     flags: torch.Tensor
     lows: Moments
     highs: Moments
+    low: int  # blocks
 
     @classmethod
     def of(cls, p: torch.Tensor, state: State) -> _Part:
         assert p.grad is not None
         lows, highs = ((state[f"exp_avg_{kind}"], state[f"exp_avg_sq_{kind}"]) for kind in ("low", "high"))
-        return cls(flat(p, p), flat(p.grad, p), state["step"], state["low"], lows, highs)
-
-    @property
-    def low(self) -> int:
-        return self.lows[0].numel() // BLOCK
+        low = lows[0].numel() // BLOCK
+        return cls(flat(p, p), flat(p.grad, p), state["step"], state["low"], lows, highs, low)
 
     def between(self, begin: int, end: int, low: int) -> tuple[_Part, int]:
         """Its values from `begin`, the beginning of a block before which `low` are low, to `end`; and how many are low
@@ -67,7 +65,7 @@ class _Part:
         lows, highs = slice(low * BLOCK, until * BLOCK), slice(begin - low * BLOCK, end - until * BLOCK)
         part = _Part(
             self.value[begin:end], self.grad[begin:end], self.step, flags,
-            (self.lows[0][lows], self.lows[1][lows]), (self.highs[0][highs], self.highs[1][highs]),
+            (self.lows[0][lows], self.lows[1][lows]), (self.highs[0][highs], self.highs[1][highs]), until - low,
         )  # fmt: skip
         return part, until
 
