@@ -28,6 +28,7 @@ from memplan.passes.policies.remembered import remembered
 from memplan.passes.whole_step import WholeStep
 from memplan.planned_oom import explain
 from memplan.runtime.held import Watch
+from memplan.runtime.optimizers import Around
 from memplan.serialize import to_json
 
 AROUND = 1024  # bytes kept for what runs around generated code: seeds of gradients, kernels' own odd bytes
@@ -93,7 +94,7 @@ def whole_step(owner: Any, optimizer: Any = None) -> WholeStep | None:
     if owner is None:
         return None
     if not hasattr(owner, "memplan_step"):
-        owner.memplan_step = WholeStep(watch=Watch(optimizer))
+        owner.memplan_step = WholeStep(watch=Watch(optimizer, Around()))
     step: WholeStep = owner.memplan_step
     return step
 

@@ -93,7 +93,8 @@ def adaptive(
     symbols = {i: n for i, n in enumerate(example_inputs) if isinstance(n, torch.SymInt)}
     names = {i: str(n.node.expr) for i, n in symbols.items()}
     most = tuple(limits.get(_called(n), math.inf) for n in symbols.values())
-    made = Adaptive(copied(graph), partitioner, compiler, report, explain, names, most, step, watch=Watch(optimizer))
+    watch = Watch(optimizer, None if step is None else step.watch.around)
+    made = Adaptive(copied(graph), partitioner, compiler, report, explain, names, most, step, watch=watch)
     traced = map(Sizes().of, symbols.values())
     first = tuple(n if m is math.inf else max(n, int(m)) for n, m in zip(traced, most, strict=True))
     made.add(example_inputs, first, made.held(example_inputs), smallest=step is not None and step.several)

@@ -30,6 +30,7 @@ from memplan.passes.joint import Part
 from memplan.passes.outside import Outside
 from memplan.passes.pipeline import does_not_fit, evaluate, make_plan
 from memplan.runtime.held import Watch
+from memplan.runtime.optimizers import Around
 from memplan.runtime.window import Span, in_backward
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class WholeStep:
     outside: Outside = field(default_factory=Outside)
     backward_ran: bool = False
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-    watch: Watch = field(default_factory=Watch)
+    watch: Watch = field(default_factory=lambda: Watch(around=Around()))  # the graphs' own share what is around
     now: Run | None = None  # under way
     held: Held = field(default_factory=Held)  # when it was looked at last
 
@@ -180,6 +181,8 @@ class WholeStep:
     def _begin(self) -> None:
         """A new step begins: plan the last one if it was of several graphs and departed from its plan."""
         last, self.runs, self.backward_ran = self.runs, [], False
+        if self.watch.around is not None:
+            self.watch.around.forget()
         self._remember(last)
         followed = self.joint
         self.several = self.several or len(last) > 1

@@ -18,7 +18,7 @@ import torch
 from memplan.errors import MemplanError
 from memplan.ir import Gap, Held, Kind
 from memplan.runtime import optimizers
-from memplan.runtime.optimizers import Foreseen, declared, foresee
+from memplan.runtime.optimizers import Around, Foreseen, declared, foresee
 from memplan.runtime.stepped import Stepped
 from memplan.runtime.storages import nbytes
 
@@ -30,9 +30,12 @@ LOOKS = 3  # at how many calls optimizers are looked for, until they are found: 
 
 @dataclass
 class Watch:
-    """Looks at what is held, call by call. `declared`: option `optimizer`, if it was given."""
+    """Looks at what is held, call by call. `declared`: option `optimizer`, if it was given. `around`: what the graphs
+    of a step share, forgotten as each step begins; without it every look is a new one.
+    """
 
     declared: Any = None
+    around: Around | None = None
     measures: bool = True  # steps that are not foreseen, when they run
     looks: int = LOOKS
     optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)
@@ -86,7 +89,7 @@ class Watch:
                 yield from optimizers.states(optimizer)
 
     def _look(self, parameters: Sequence[torch.Tensor]) -> None:
-        self.optimizers = optimizers.optimizers_of(parameters)
+        self.optimizers = (self.around or Around()).of(parameters)
         alive = [optimizer for ref in self.optimizers if (optimizer := ref()) is not None]
         if self.declared is not None:
             self.foreseen = (declared(self.declared, parameters),)

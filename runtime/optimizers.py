@@ -140,11 +140,24 @@ def torch_optimizer(name: str) -> Make:
     return known[name.lower()]
 
 
-def optimizers_of(parameters: Iterable[torch.Tensor]) -> list[weakref.ref[torch.optim.Optimizer]]:
-    """The optimizers of this process that any of the parameters belongs to."""
-    wanted = {id(p) for p in parameters}
-    alive = instances(torch.optim.Optimizer)
-    return [weakref.ref(o) for o in alive if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
+@dataclass
+class Around:
+    """The optimizers of this process. To find them all objects are walked, which takes up to 0.3 s; those that were
+    found are kept until `forget`.
+    """
+
+    found: list[weakref.ref[torch.optim.Optimizer]] | None = None
+
+    def forget(self) -> None:
+        self.found = None
+
+    def of(self, parameters: Iterable[torch.Tensor]) -> list[weakref.ref[torch.optim.Optimizer]]:
+        """Those that any of the parameters belongs to."""
+        if self.found is None:
+            self.found = [weakref.ref(o) for o in instances(torch.optim.Optimizer)]
+        wanted = {id(p) for p in parameters}
+        alive = ((ref, optimizer) for ref in self.found if (optimizer := ref()) is not None)
+        return [ref for ref, optimizer in alive if not wanted.isdisjoint(map(id, _parameters(optimizer)))]
 
 
 def _hollow(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -97,7 +97,7 @@ def _causal(config: type[PretrainedConfig], dropouts: tuple[str, ...] = ("attent
 
     def make(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Sample:
         rates = dict.fromkeys(dropouts, dropout)
-        return language_model(config(**sizes, **rates, **options), dtype, completions=2, tokens=16)
+        return language_model(config(**sizes | rates | options), dtype, completions=2, tokens=16)
 
     return make
 
@@ -187,3 +187,5 @@ CASES = (
     Case("gpt_neox", _causal(GPTNeoXConfig, dropouts=("attention_dropout", "hidden_dropout"))),
     Case("unet", unet),
 )
+# Half the time to trace and compile, where nothing depends on a second layer.
+ONE_LAYER = _causal(LlamaConfig, num_key_value_heads=2, num_hidden_layers=1)

@@ -17,10 +17,11 @@ import memplan
 from memplan.backend import memplan_backend
 from memplan.ir import Plan
 from tests.accuracy import exact_gradients, gradients, rms_error, values
-from tests.models import CASES, Sample, unet
+from tests.models import CASES, ONE_LAYER, Sample, unet
 
 MAKE = {case.name: case.make for case in CASES}
 # Larger than elsewhere: on small images one convolution's workspace is all of the peak, whatever is recomputed.
+MAKE["llama, one layer"] = ONE_LAYER
 MAKE["unet"] = functools.partial(unet, images=4, size=64)
 UNPLANNED = {"eager": "aot_eager", "inductor": "inductor"}
 
@@ -103,7 +104,9 @@ def test_below_checkpointing_by_hand(name, inner, tmp_path) -> None:
     assert peak == pytest.approx(plan.timeline.peak_above_base, rel=0.005), f"budget {budget}"
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["llama, one layer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "unet"))]
+)
 def test_gradients_under_inductor_are_as_good_as_unplanned(name, tmp_path) -> None:
     sample = MAKE[name]()
     exact = exact_gradients(sample, MAKE[name](dtype=torch.float64))

@@ -14,7 +14,7 @@ from memplan.cli import main
 from memplan.errors import MemplanError
 from memplan.ir import Step
 from memplan.machines import machine
-from tests.models import CASES
+from tests.models import ONE_LAYER
 
 SMALL = 0.004
 
@@ -57,7 +57,7 @@ def test_a_plan_takes_the_file(measured: Measured, tmp_path: Path) -> None:
     measured.save(path)
     assert machine(path) == measured.machine
     assert {row["what"] for row in json.loads(path.read_text())["measured"]["figures"]} >= {"pointwise", "disk, read"}
-    sample = CASES[0].make()
+    sample = ONE_LAYER()
     fused, alone = (
         memplan.plan(sample.step, sample.batch, machine=str(path), cost=cost) for cost in (None, "roofline-v1")
     )
@@ -97,7 +97,7 @@ def test_a_scale_that_is_none(scale: float) -> None:
 
 
 def test_a_recording_is_set_against_the_prediction(measured: Measured) -> None:
-    sample = CASES[0].make()
+    sample = ONE_LAYER()
     plan = memplan.plan(sample.step, sample.batch, machine=measured.machine, inner="eager", policy="save-all")
     assert plan.step.cost == "roofline-v1"
     with memplan.record("cpu") as seen:

@@ -7,6 +7,7 @@ from torch import nn
 import memplan
 from memplan.backend import memplan_backend
 from memplan.errors import DoesNotFit
+from memplan.runtime import optimizers
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -167,9 +168,33 @@ def test_plan_counts_what_is_there() -> None:
 def test_objects_are_walked_a_few_times_only(monkeypatch) -> None:
     """Looking for optimizers takes up to 0.3 s: without one it is given up."""
     looked = []
-    monkeypatch.setattr("memplan.runtime.optimizers.optimizers_of", lambda parameters: looked.append(1) or [])
+    monkeypatch.setattr("memplan.runtime.optimizers.instances", lambda *classes: looked.append(1) or [])
     net = network()
     step = planned(net, 10**8)
     for _ in range(10):
         step(ROWS).backward()
     assert 1 <= len(looked) <= 4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_graphs_of_one_step_walk_them_once(monkeypatch, made) -> None:
+    """Of any number: what is around is looked for as the first graph is made, and as it runs. One made later counts."""
+    looked, find = [], optimizers.instances
+    monkeypatch.setattr("memplan.runtime.optimizers.instances", lambda *classes: looked.append(1) or find(*classes))
+    net = network()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        x = net[:4](x)
+        torch._dynamo.graph_break()
+        x = net[4:8](x)
+        torch._dynamo.graph_break()
+        return net[8:](x).square().mean()
+
+    step = torch.compile(loss, backend=memplan_backend, options={"inner": "eager", "budget": 10**8})
+    step(ROWS).backward()
+    assert len(made) == 3 and len(looked) == 2
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+    step(ROWS).backward()
+    held = dict(made[-1].step.held.kinds)
+    assert len(made[-1].step.graphs) == 6 and held["optimizer_state"] == sum(p.nbytes for p in net.parameters())
+    optimizer.zero_grad()

@@ -13,6 +13,7 @@ from memplan.api import find_largest
 from memplan.cli import main
 from memplan.errors import DoesNotFit, MemplanError
 from memplan.passes.largest import border
+from tests.cases import cases
 from tests.models import CASES, Case, Rollout
 
 LLAMA, UNET = CASES[0], CASES[-1]
@@ -44,7 +45,7 @@ def test_it_fits_and_the_next_does_not(dimension: str, machine: str | None) -> N
         memplan.plan(sample.step, rollout(**sizes | {dimension: size + 1}), budget=budget, **given)
 
 
-@pytest.mark.parametrize("case", [LLAMA, CASES[3], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", cases("llama", "gpt_neox"))
 def test_a_budget_that_was_found_for_a_size_gives_that_size(case: Case) -> None:
     sample, given = case.make(), {"machine": "rtx4090", "inner": "eager"}
     budget = needed(sample.step, rollout(2, 11), **given)

@@ -24,7 +24,7 @@ from memplan.runtime import streams
 from memplan.runtime.host_pool import ALIGNMENT, PAGE, Arena, arena
 from memplan.runtime.offloaded import BACK, OFF, TO_DEVICE, TO_HOST
 from tests.accuracy import gradients, rms_error
-from tests.models import CASES, six_layer
+from tests.models import ONE_LAYER, six_layer, unet
 from tests.torch_cpu.test_one_graph import Trainer, unplanned
 
 pytestmark = [
@@ -238,14 +238,13 @@ def test_a_step_in_two_graphs(made) -> None:
     assert arena("host").used == 0
 
 
-UNDER_INDUCTOR = [pytest.param(c, id=str(c)) for c in CASES if str(c) == "llama"]
-UNDER_INDUCTOR += [pytest.param(c, id=str(c), marks=pytest.mark.slow) for c in CASES if str(c) == "unet"]
-
-
-@pytest.mark.parametrize("case", UNDER_INDUCTOR)
-def test_under_inductor(case, made) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(ONE_LAYER, id="llama, one layer"), pytest.param(unet, id="unet", marks=pytest.mark.slow)],
+)
+def test_under_inductor(make, made) -> None:
     """As generated, to the byte, attention and convolutions included. (Errors: benchmarks/inductor_gradients.py.)"""
-    sample = case.make()
+    sample = make()
     expected = gradients(torch.compile(sample.step, backend="aot_eager"), sample)
     torch._dynamo.reset()
     planned = torch.compile(sample.step, backend=memplan_backend, options={"policy": EVERYTHING, **ROOM})

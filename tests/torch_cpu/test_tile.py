@@ -273,7 +273,7 @@ def test_labels_out_of_range() -> None:
 # ---- from one end to the other --------------------------------------------------------------------------------------
 
 
-def model(dtype: torch.dtype = torch.float32, layers: int = 2) -> Sample:
+def model(dtype: torch.dtype = torch.float32, layers: int = 1) -> Sample:
     config = LlamaConfig(
         vocab_size=2048, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4
     )
@@ -316,7 +316,7 @@ def test_gradients_are_as_good_as_untiled_ones(dtype: torch.dtype, inner: str) -
 
 
 def test_auto_tiles_where_it_must(made: list[memplan.Plan]) -> None:
-    sample = model()
+    sample = model(layers=2)
     compiled(sample, inner="eager", tiles="auto")(sample.batch)
     assert not any(note.startswith("tiled") for note in made[-1].step.notes)
     with pytest.raises(memplan.DoesNotFit) as untiled:
@@ -359,7 +359,7 @@ def test_losses_are_planned(what: str, made: list[memplan.Plan]) -> None:
 
 
 def test_pins(made: list[memplan.Plan]) -> None:
-    sample = model()
+    sample = model(layers=2)
     compiled(sample, inner="eager", tiles={"lm_head": 32, "layers.1.mlp": 64})(sample.batch)
     notes = [note for note in made[-1].step.notes if note.startswith("tiled")]
     assert ["by 32 rows, 2.359 MB -> 262.1 KB, gradient in the same pass" in note for note in notes] == [True, False]
