@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("torch.memplan")
 
 ROUNDS, MARGIN = 3, 0.99  # as for generated code: how often a plan that came out too large is made again, and smaller
+SO_FAR = "this is what the first {} graphs of the step need: those after them are not known yet, and may need more"
 PLANS = 4  # plans for one sequence of graphs; then the smallest ones stay
 
 
@@ -229,6 +230,8 @@ class WholeStep:
         else:
             found = self._composed([*parts, Part(variant.at(sizes), arguments, ())], total, graph)
         if not found.fits:
+            notes = (*found.step.notes, SO_FAR.format(len(parts) + 1))
+            found = replace(found, step=replace(found.step, notes=notes))
             raise does_not_fit(found, found)
         return variant
 

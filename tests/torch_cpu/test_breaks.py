@@ -221,8 +221,9 @@ def test_a_budget_that_only_the_first_graph_meets(made) -> None:
     torch._dynamo.reset()
     made.clear()
     step = planned(net, budget)
-    with pytest.raises(Exception, match=f"the step does not fit .*{budget / 1e6:.3f}"):
+    with pytest.raises(Exception, match=f"the step does not fit .*{budget / 1e6:.3f}") as refused:
         step(x)
+    assert "what the first 3 graphs of the step need: those after" in str(refused.value)
     assert made and all(plan.fits for plan in made)  # each graph alone
     assert all(p.grad is None for p in net.parameters())
 
