@@ -88,7 +88,8 @@ def _question(policy: policies.Policy, step: Step, budget: Budget, machine: Mach
 @functools.cache
 def _code() -> str:
     """Of everything that decisions follow from, beside the question."""
-    sources = [Path(ir.__file__), *sorted(Path(policies.__file__).parents[1].rglob("*.py"))]
+    folders = Path(ir.__file__).parent, Path(policies.__file__).parents[1]
+    sources = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 

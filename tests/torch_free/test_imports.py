@@ -58,7 +58,7 @@ TORCH_FREE = (
     "memplan.__main__",
     "memplan.errors",
     "memplan.groups",
-    "memplan.ir",
+    "memplan.ir*",
     "memplan.units",
     "memplan.memory",
     "memplan.serialize",
