@@ -70,7 +70,11 @@ def held(net: nn.Module, optimizer: Any) -> int:
 
 @pytest.mark.parametrize(
     ("inner", "megabytes"),
-    [("eager", 31), ("eager", 40), ("inductor", 31), pytest.param("inductor", 40, marks=pytest.mark.slow)],
+    [
+        ("eager", 31),
+        ("inductor", 31),
+        *(pytest.param(inner, 40, marks=pytest.mark.slow) for inner in ("eager", "inductor")),
+    ],
 )
 def test_what_is_said_to_be_left_is_left_until_the_end(inner: str, megabytes: int, made: list[Plan]) -> None:
     heard = Heard()

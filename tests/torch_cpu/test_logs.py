@@ -47,7 +47,9 @@ def lines(text: str) -> set[tuple[str, str]]:
     return {(line[1], line[2]) for line in found if line}
 
 
-@pytest.mark.parametrize(("setting", "levels"), [("+memplan", "VIW"), ("", "W"), ("-memplan", "")])
+@pytest.mark.parametrize(
+    ("setting", "levels"), [("+memplan", "VIW"), ("", "W"), pytest.param("-memplan", "", marks=pytest.mark.slow)]
+)
 def test_torch_logs(setting: str, levels: str, tmp_path: Path) -> None:
     """Debug lines, plans and warnings when asked for; warnings alone when not. Of a run that is traced too, the plans
     are in the trace.

@@ -31,9 +31,9 @@ class Adapted(nn.Module):
         return self.base(x) + (x @ self.down.t()) @ self.up.t()
 
 
-def adapted_llama() -> LlamaForCausalLM:
+def adapted_llama(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    size = dict(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=6)
+    size = dict(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=layers)
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, use_cache=False, **size))
     model.requires_grad_(False)
     for owner in list(model.modules()):
@@ -63,10 +63,10 @@ def weights(model: nn.Module) -> int:
 TOKENS = torch.arange(64).remainder(256)[None]
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_lora_step_needs_less_than_its_weights(inner: str, made) -> None:
     """Peak and parameters that stay together are below the weights of the model, as planned, with the same bits."""
-    model = adapted_llama()
+    model = adapted_llama(6)
     size = weights(model)
     expected = gradients(torch.compile(step_of(model), backend="aot_eager"), model, TOKENS)
     torch._dynamo.reset()
@@ -114,7 +114,7 @@ def test_one_copy_ahead(made) -> None:
 
 
 def test_one_graph(made) -> None:
-    model = adapted_llama()
+    model = adapted_llama(4)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_one_graph(made) -> None:
 
 
 def test_there_and_back_uncompiled() -> None:
-    model = adapted_llama()
+    model = adapted_llama(2)
     names, expected = list(model.state_dict()), gradients(step_of(model), model, TOKENS)
     gc.collect()
     before = arena("host").used
@@ -210,7 +210,7 @@ def test_what_is_trained_or_looked_up_stays() -> None:
 def test_a_plan_for_another_machine_moves_nothing() -> None:
     """A model on meta, planned for a device with a bus of its own: what is streamed is not in the budget."""
     with torch.device("meta"):
-        model = adapted_llama()
+        model = adapted_llama(6)
         tokens = torch.zeros(1, 64, dtype=torch.int64)
     gc.collect()
     size, before = weights(model), arena("host").used

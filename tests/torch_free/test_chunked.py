@@ -31,6 +31,7 @@ from tests.torch_free.test_bound import machines
 
 TARGET = dataclasses.replace(machine("h100"), host_bandwidth=50e9)
 AMPLE = Budget(2**60, host_bytes=2**60)
+IN_CI = ("densenet121_224", "llama8b_layers_4k_v32000", "lstm_128", "qwen3_moe_30b_4k", "unet_256")
 AGAIN: tuple[Way, ...] = ("recompute",)
 LOAD: tuple[Way, ...] = ("load",)
 LLAMA, SMALL_STEPS = "llama8b_layers_4k_v32000", ("densenet121_224", "shared_blocks_2x2k", "unet_256")
@@ -109,7 +110,9 @@ def test_every_plan_is_valid(step: Step, on: Machine, policy: Chunked, room: int
     assert plan.saved <= step.read_in_backward | inputs | fixed
 
 
-@pytest.mark.parametrize("name", recorded_steps.names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in IN_CI)) for name in recorded_steps.names()]
+)
 def test_recorded_steps(name: str) -> None:
     """At several budgets: valid, no more than is saved without it, and less with less room."""
     step = recorded_steps.load(name)

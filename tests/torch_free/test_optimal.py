@@ -104,7 +104,9 @@ def recorded() -> Step:
     return recorded_steps.load("llama8b_layers_4k_v32000")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[pytest.mark.slow] * (size in (13.97, 9.86, 5.59))) for size in SIZES]
+)
 def test_the_recorded_step(recorded: Step, size: float) -> None:
     """Overheads and gaps that were asked for, at the peaks of torch's own plans."""
     budget = Budget(int(size * 1e9), host_bytes=100 * 10**9)
