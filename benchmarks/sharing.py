@@ -301,7 +301,7 @@ def draw(figures: dict[str, Any], path: str) -> None:
     right.axvline(before, color="0.5", linewidth=1)
     right.set(title="loss; line: before", xscale="log", yticks=range(len(names)), yticklabels=names)
     right.invert_yaxis()
-    right.legend(fontsize=9, loc="upper right")
+    right.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)  # below: points are everywhere
     for ax in (left, right):
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
