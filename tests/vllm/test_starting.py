@@ -77,6 +77,15 @@ def test_a_closed_engine_says_so_and_there_is_one_at_a_time(start: Start) -> Non
             call()
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Interrupts are, also in a process that was started in the background of a shell, which ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_interrupt_leaves_the_process_to_the_trainer(
     start: Start, monkeypatch: pytest.MonkeyPatch, call: int
