@@ -9,9 +9,10 @@ what a test names on a hub and is not among them makes it one that cannot run he
 Every test runs twice, each time from the same seed: as it is, the control, and with each GRPOTrainer that it makes
 given to memplan.grpo.trl.planned as its __init__ ends. The budget is the least that works: 1 byte, then what the
 refusal names, and the test starts over; tests of the same model, batch and lengths begin with what those before were
-told. A test passes planned when it passes so. `inner="eager"`, one thread, use_cpu=True; --epochs is for tests that
-leave it to TRL, whose default is 3, and do not count them. What FILE has of the same tests and TRL is not run again.
-Exit code 1 when a test passes unplanned and neither passes planned nor is refused by planned() itself.
+told. A step of many graphs is refused once for each: from the fourth time on a quarter more is tried at least. A test
+passes planned when it passes so. `inner="eager"`, one thread, use_cpu=True; --epochs is for tests that leave it to TRL,
+whose default is 3, and do not count them. What FILE has of the same tests and TRL is not run again. Exit code 1 when a
+test passes unplanned and neither passes planned nor is refused by planned() itself.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from benchmarks.machine import save
 from memplan.errors import MemplanError
 from memplan.grpo import trl as ours
 
-TRIES = 12
+TRIES, PATIENCE, MORE = 12, 3, 1.25  # tries of a test; after how many a budget is raised by more than was named
 PART = 8  # tests, about, that are run and written as a whole
 IDS = re.compile(r"\b1516[45]\d\b")  # of Qwen2.5's last tokens, where a test writes ids down
 HUB = re.compile(r"\b(?:trl-internal-testing|Qwen|HuggingFaceTB)/[\w.-]+")
@@ -83,7 +84,7 @@ class Switch:
     ) -> None:
         self.on, self.folder, self.part, self.epochs, self.known, self.least = on, folder, part, epochs, known, least
         self.found: dict[str, dict[str, Any]] = {}
-        self.seen = Seen()
+        self.seen, self.tried = Seen(), 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """A part of them; further cases of a test come last."""
@@ -94,7 +95,7 @@ class Switch:
         items[:] = [item for item in mine if item.name not in self.known]
 
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-        for _ in range(TRIES):
+        for self.tried in range(TRIES):
             self.seen = Seen()
             torch._dynamo.reset()
             torch.manual_seed(0)
@@ -153,7 +154,8 @@ class Switch:
             except memplan.DoesNotFit as error:
                 seen.too_small = True
                 at = next(i for i, trainer in enumerate(made) if trainer.memplan_passes is passes)
-                self.least[_trains(made[at])] = max(error.smallest, seen.budgets[at] + 1)
+                more = MORE * seen.budgets[at] if self.tried >= PATIENCE else 1 + seen.budgets[at]
+                self.least[_trains(made[at])] = max(error.smallest, int(more))
                 raise
 
         def report(plan: Any) -> None:
