@@ -221,7 +221,7 @@ def _found(seed: fx.Node, forward: set[fx.Node]) -> tuple[Region, list[Loop]]:
 
 
 def _tidy(graph: fx.GraphModule) -> None:
-    graph.graph = _sort(graph.graph)
+    _sort(graph.graph)
     drop_dead_code(graph.graph)
 
 
@@ -283,21 +283,19 @@ def _size(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
     return new
 
 
-def _sort(graph: fx.Graph) -> fx.Graph:
+def _sort(graph: fx.Graph) -> None:
     """Put each node behind what it reads, and else leave the order as it is: those that were put last move ahead of
     their users.
     """
-    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
-
-    def emit(node: fx.Node) -> None:
+    done, last = set[fx.Node](), None
+    for node in list(graph.nodes):
         stack = [node]
         while stack:
-            missing = [n for n in stack[-1].all_input_nodes if n not in made]
+            missing = [n for n in stack[-1].all_input_nodes if n not in done]
             if missing:
                 stack.extend(missing)
-            elif (n := stack.pop()) not in made:
-                made[n] = new.node_copy(n, lambda x: made[x])
-
-    for node in graph.nodes:
-        emit(node)
-    return new
+            elif (n := stack.pop()) not in done:
+                if last is not None and last.next is not n:
+                    last.append(n)
+                last = n
+                done.add(n)
