@@ -32,6 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for benchmarks, which are not installed
 
+import memplan
 from benchmarks.llama8b_lora import SLICE, LoRA, adapted
 from benchmarks.llama8b_step import make_batch
 from memplan.grpo import GRPOConfig
@@ -54,9 +55,13 @@ class Recorded:
     torch: bool = True
 
 
-def llama8b_lora_grpo(completions: int) -> Made:
-    """Reference pass, adapters off and without a gradient, then the policy pass: completions of 20,480 tokens."""
+def llama8b_lora_grpo(completions: int, *, streamed: bool = False) -> Made:
+    """Reference pass, adapters off and without a gradient, then the policy pass: completions of 20,480 tokens.
+    `streamed`: the frozen weights are off the device.
+    """
     model = adapted(32)
+    if streamed:
+        memplan.stream(model)
     config = GRPOConfig(beta=0.04)
     adapters = [m for m in model.modules() if isinstance(m, LoRA)]
 
@@ -344,6 +349,9 @@ def shared_blocks() -> Made:
 STEPS = {
     "llama8b_lora_grpo_8x20k": Recorded(lambda: llama8b_lora_grpo(8), tiles=SLICES, torch=False),
     "llama8b_lora_grpo_1x20k": Recorded(lambda: llama8b_lora_grpo(1), tiles=SLICES, torch=False),
+    "llama8b_lora_grpo_1x20k_streamed": Recorded(
+        lambda: llama8b_lora_grpo(1, streamed=True), tiles=SLICES, torch=False
+    ),
     "llama70b_lora_8k": Recorded(llama70b, torch=False),
     "llama405b_lora_8k": Recorded(llama405b, torch=False),
     "qwen3_moe_30b_4k": Recorded(qwen3_moe),

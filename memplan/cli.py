@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import sys
@@ -30,6 +31,7 @@ from memplan.passes.policies import FunctionPolicy, builtin
 from memplan.passes.pricing import priced
 from memplan.units import parse_bytes
 
+ARTICLE_CARDS = ("h100", "a100-40", "rtx4090", "l4", "rtx3060")
 FORMATS = ".json, .html (a page), .png, .pickle (torch's memory viewer) or .perfetto-trace"
 SAVED = "a .json file that -o of plan or record-step, option out or .save() wrote"
 
@@ -165,6 +167,24 @@ def _step(name: str, target: Machine, cost: CostModel) -> Step:
         inner = "inductor" if cost == "fused" else "eager"
         return memplan.plan(step, batch, machine=all_of_it, policy="save-all", inner=inner, cost=cost).step
     return priced(serialize.load(name, Step) if name.endswith(".json") else steps.load(name), cost)
+
+
+def article(arguments: argparse.Namespace) -> int:
+    """Print the article's account of GRPO's memory, 510.8 and 54.3 GB, and what is planned for the same job.
+
+        memplan article
+        memplan article --machines l4,rtx3060 --host-budget 32GB
+
+    The first table is arithmetic, from unsloth.ai/blog/grpo; the second one is planned, card by card, of recorded steps
+    of Llama-3.1-8B: a prediction, for which nothing is run.
+    """
+    from memplan.article import account
+
+    targets = [machine(name) for name in _listed(arguments.machines)]
+    with _progress("planning") as status:
+        found = account(targets, arguments.host_budget, progress=lambda what: status.update(f"{what} ..."))
+    print(json.dumps(dataclasses.asdict(found)) if arguments.json else found)
+    return 0
 
 
 def record_step(arguments: argparse.Namespace) -> int:
@@ -313,6 +333,18 @@ def _parser() -> argparse.ArgumentParser:
         "also draw both, as .html or .png, or save them as .pickle or .perfetto-trace; a ranking as .html, .png or "
         ".json",
     )
+
+    command = add(article)
+    command.add_argument(
+        "--machines",
+        metavar="NAMES",
+        default=",".join(ARTICLE_CARDS),
+        help=f"of the device table ({', '.join(machines())}), or machine files; default {','.join(ARTICLE_CARDS)}",
+    )
+    command.add_argument(
+        "--host-budget", metavar="SIZE", default="64GB", help="what may be off the device at a time; default 64GB"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON in place of text")
 
     command = add(record_step)
     _target(command)

@@ -9,7 +9,8 @@ that an H100's flash attention takes. No layer was left out. LoRA is of rank 16,
                                600 TFLOP/s and 2.6 TB/s; convert_recorded_step.py made it of another recording
     llama8b_lora_grpo_8x20k    Llama-3.1-8B, GRPO with KL, LoRA on all projections: the reference pass, then the policy
                                pass over 8 completions of 20,480 tokens; heads in slices of 1,024 rows, MLPs of 4,096
-    llama8b_lora_grpo_1x20k    the same of one completion: a micro-batch of it
+    llama8b_lora_grpo_1x20k    the same of one completion: a micro-batch of it; with _streamed the frozen weights are
+                               off the device, and fetched for each layer
     llama70b_lora_8k           Llama-3.1-70B, 80 layers, GRPO, LoRA on queries and values, 1 x 8,192 tokens
     llama405b_lora_8k          Llama-3.1-405B, 126 layers, likewise
     qwen3_moe_30b_4k           Qwen3-30B-A3B, 48 layers of 128 experts, GRPO, LoRA on attention, 2 x 4,096 tokens

@@ -44,10 +44,11 @@ MAY_IMPORT = {
     "grpo": {"", "errors", "hf", "ir", "runtime"},  # of the runtime what the README has: ledger, tenants, vllm
     "sharing": DATA | {"runtime"},
     "ranking": BELOW_API,
+    "article": BELOW_API | {"steps"},
     "here": {"ir", "machines"},
     "calibrate": DATA | {"here", "machines", "runtime"},
     "demo": BELOW_API | {"", "api", "backend", "grpo", "steps"},
-    "cli": BELOW_API | {"", "api", "backend", "calibrate", "demo", "grpo", "ranking", "steps"},
+    "cli": BELOW_API | {"", "api", "article", "backend", "calibrate", "demo", "grpo", "ranking", "steps"},
     "__main__": {"cli"},
 }
 # The data's own methods save, load and print it: imported when called, so that ir stays the lowest room.
@@ -67,6 +68,7 @@ TORCH_FREE = (
     "memplan.cli",
     "memplan.machines*",
     "memplan.ranking",
+    "memplan.article",
     "memplan.report*",
     "memplan.steps*",
     "memplan.passes",
