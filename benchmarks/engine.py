@@ -64,7 +64,7 @@ class Watch:
         leases = dict(getattr(self.ledger, "leases", {}))
         held = {tag: lease.bytes for tag, lease in leases.items() if lease.state == "resident"}
         early = [tag for tag, lease in leases.items() if lease.state == "between"]
-        held |= {tag: self.ledger._tenants[tag].resident for tag in early}
+        held |= {tag: self.ledger.tenant(tag).resident for tag in early}
         found = os.sysconf("SC_PAGE_SIZE") * (int(pages) - int(of_files))
         self.peaks[self.phase] = max(self.peaks[self.phase], found)
         self.looks.append(Look(time.perf_counter(), self.phase, found, held))

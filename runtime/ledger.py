@@ -180,6 +180,10 @@ class Ledger:
         self.at = ""
         return made
 
+    def tenant(self, tag: str) -> Tenant | None:
+        """Who has a lease of that tag."""
+        return self._tenants.get(tag)
+
     def end(self, tag: str) -> None:
         """Forget a lease, as of an engine that died. What its tenant still has is then nobody's: see `accept`."""
         if tag not in self.leases:

@@ -6,7 +6,8 @@ In: a GRPOTrainer, an engine that has its model's weights, and the ledger in whi
 trainer, which asks this in place of TRL's own engine for completions, as TRL does in its mode "colocate".
 What must hold: the KV cache is on the device while completions are sampled, and at no other time; the optimizer's
 states, from its first step on, at all other times. What TRL reads of completions is what its own engine would say:
-log-probs of the tokens in the distribution that they were sampled from.
+log-probs of the tokens in the distribution that they were sampled from. What is drawn follows from the trainer's seed,
+its step and whether it evaluates: a run that goes on from a checkpoint draws what it would have drawn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import operator
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +26,13 @@ from transformers import TrainerCallback
 
 from memplan.errors import MemplanError
 from memplan.runtime import optimizers
-from memplan.runtime.ledger import PHASES
+from memplan.runtime.ledger import PHASES, Ledger
 from memplan.runtime.storages import nbytes
 from memplan.runtime.tenants import Resident, moved_in
+from memplan.runtime.vllm import InProcess
 
 if TYPE_CHECKING:
     from memplan.ir import Budget
-    from memplan.runtime.ledger import Ledger
-    from memplan.runtime.vllm import InProcess
 
 log = logging.getLogger("memplan.grpo")
 
@@ -41,6 +43,7 @@ class Rollouts:
     def __init__(self, trainer: Any, ledger: Ledger, engine: InProcess) -> None:
         self.llm, self.ledger = engine.llm, ledger
         self._engine, self._trainer, self._graphs = engine, trainer, _graphs()
+        self._at, self._again = (-1, False), 0  # the last rollout's step and mode, and how many had the same
 
     def sync_weights(self) -> None:
         """Nothing: the engine has the trainer's weights, and sees by itself that they have changed."""
@@ -54,13 +57,22 @@ class Rollouts:
         if images is not None and any(given is not None for given in images):
             raise MemplanError("memplan's engine takes no images: leave engine= out")
         self._settle()
-        with self.ledger.phase("rollout"), profiler or contextlib.nullcontext():
-            found = self._engine.generate(prompts, **_sampling(self._trainer))
-        with self.ledger.phase("train"):
-            pass  # and what it needs stays
+        self._engine.seed(self._number())
+        try:
+            with self.ledger.phase("rollout"), profiler or contextlib.nullcontext():
+                found = self._engine.generate(prompts, **_sampling(self._trainer))
+        finally:  # whatever happened: the optimizer's states are on the host, and a step would be of zeros
+            with self.ledger.phase("train"):
+                pass  # and what it needs stays
         tokens = [list(one.tokens) for one in found]
         logprobs = [[[None if math.isnan(p) else p] for p in one.logprobs] for one in found]
         return prompts, tokens, logprobs, [[[token] for token in of] for of in tokens]
+
+    def _number(self) -> int:
+        """What this rollout's draws follow from."""
+        at = self._trainer.state.global_step, self._trainer.model.training
+        self._at, self._again = at, self._again + 1 if at == self._at else 0
+        return random.Random(f"{self._trainer.args.seed} {at} {self._again}").getrandbits(32)
 
     def _settle(self) -> None:
         """What was compiled since the last rollout stays in memory, and is nobody's."""
@@ -70,22 +82,30 @@ class Rollouts:
 
 
 class StatesLeave(TrainerCallback):
-    """After the first step of an optimizer: its states get a lease, and are on the host in rollouts from then on.
-    Those that cannot move, as they share storages, have one for all phases.
+    """When an optimizer has states, of its first step or of a checkpoint, they get a lease, and are on the host in
+    rollouts from then on. Those that cannot move, as they share storages, have one for all phases.
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self._seen = ledger, None
+        self.ledger = ledger
+        self._leased: tuple[Sequence[Tensor], Any] = (), None  # the states, and the tenant that they are
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self._look(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        tensors = optimizers.states(optimizer)
-        if optimizer is self._seen or not tensors:
+        self._look(optimizer)
+
+    def _look(self, optimizer: Any) -> None:
+        tensors, (leased, tenant) = optimizers.states(optimizer), self._leased
+        known = len(tensors) == len(leased) and all(map(operator.is_, tensors, leased))
+        if not tensors or (known and self.ledger.tenant("optimizer") is tenant):
             return
-        self._seen = optimizer
         self.ledger.accept()
-        if "optimizer" in self.ledger.leases:  # of another train()
+        if "optimizer" in self.ledger.leases:  # of another train(), or of states that a checkpoint has replaced
             self.ledger.end("optimizer")
         self._lease(tensors)
+        self._leased = optimizers.states(optimizer), self.ledger.tenant("optimizer")
 
     def _lease(self, tensors: Sequence[Tensor]) -> None:
         try:
@@ -102,11 +122,19 @@ def joined(trainer: Any, ledger: Ledger, engine: InProcess) -> Budget:
     """Share the trainer's weights with the engine and lease what that has, unless it has leases by then: the budget of
     the trainer's passes. Raises MemplanError for what cannot be so.
     """
-    _check(trainer)
-    engine.share(trainer.accelerator.unwrap_model(trainer.model))
-    if "kv_cache" not in ledger.leases:
+    _check(trainer, ledger, engine)
+    shared = engine.share(trainer.accelerator.unwrap_model(trainer.model))
+    if shared.copied:
+        name, why = next(iter(shared.copied.items()))
+        log.warning(
+            "%d parameters are copied to the engine before each rollout, and there twice: %s, %s",
+            len(shared.copied), name, why,
+        )  # fmt: skip
+    if ledger.tenant("kv_cache") is None:
         engine.join(ledger)
-    own = {"weights", "optimizer"}  # which a plan counts itself
+    else:
+        ledger.accept()  # what the trainer had of its weights before they were shared is gone
+    own = {"weights", "copied", "optimizer"}  # which a plan counts itself
     return ledger.budget_for("train", own & set(ledger.needed("train")))
 
 
@@ -117,8 +145,26 @@ def let_generate(trainer: Any, ledger: Ledger, engine: InProcess) -> None:
     trainer.add_callback(StatesLeave(ledger))
 
 
-def _check(trainer: Any) -> None:
+def _check(trainer: Any, ledger: Any, engine: Any) -> None:
+    for name, value, kind in (("ledger", ledger, Ledger), ("engine", engine, InProcess)):
+        if not isinstance(value, kind):
+            raise MemplanError(f"{name}= is {value!r}: it takes a memplan.runtime {kind.__name__}")
+    if ledger.tenant("kv_cache") not in (None, engine):
+        raise MemplanError(
+            "the ledger has leases of another engine: ledger.end() those of its weights, engine_fixed and kv_cache, or "
+            "take another ledger"
+        )
     args = trainer.args
+    longest = engine.llm.llm_engine.vllm_config.model_config.max_model_len
+    if trainer.max_completion_length >= longest:
+        raise MemplanError(
+            f"max_completion_length {trainer.max_completion_length} leaves no room for a prompt: the engine has "
+            f"{longest} tokens for both, its max_model_len"
+        )
+    if trainer.rollout_func is not None:
+        raise MemplanError(
+            "rollout_func generates as it likes, and the engine only in its phase: leave one of them out"
+        )
     if trainer.use_vllm:
         raise MemplanError("use_vllm=True has TRL start an engine of its own: leave it out, engine= is what generates")
     if args.vllm_structured_outputs_regex is not None:

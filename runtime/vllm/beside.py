@@ -50,6 +50,13 @@ class Beside:
                 if self._inside:
                     self._swap()
 
+    def seed(self, number: int) -> None:
+        """What the engine draws from now on follows from it. A device's own random state is the trainer's."""
+        with self.running():
+            random.seed(number)
+            np.random.seed(number)
+            torch.default_generator.manual_seed(number)
+
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """The same, and what starting an engine changes besides."""

@@ -145,13 +145,14 @@ class InProcess:
 
     def join(self, ledger: Ledger, running: str | int | None = None) -> None:
         """Lease what the engine has: weights and what it always takes in all phases, the KV cache in rollout. Adapters
-        are among the weights, if they are shared by now.
+        are among the weights, if they are shared by now. Of a model that is not shared whole "weights" are what both
+        have, "engine_weights" the engine's alone, and "copied" the trainer's of which the engine has copies.
 
         running: bytes that it takes besides while it generates, as for a prompt's activations; in rollout too.
         """
         always, rollout = PHASES, PHASES[:1]
         leases: list[tuple[str, Tenant, int, tuple[RLPhase, ...]]] = [
-            ("weights", Resident(self.weight_bytes), self.weight_bytes, always),
+            *((tag, Resident(size), size, always) for tag, size in self._weights().items()),
             ("engine_fixed", Resident(self.fixed), self.fixed, always),
             ("kv_cache", self, self.kv_bytes, rollout),
         ]
@@ -175,6 +176,17 @@ class InProcess:
         """Bytes of vLLM's parameters; of the trainer's too, its adapters with them, once they are shared."""
         adapters = self.shared.adapters.bytes if self.shared is not None else 0
         return sum(p.nbytes for p in {id(p): p for p in self._module.parameters()}.values()) + adapters
+
+    def _weights(self) -> dict[str, int]:
+        """Bytes by the tag of their lease."""
+        if self.shared is None or not self.shared.copied:
+            return {"weights": self.weight_bytes}
+        both, copied = self.shared.sizes()
+        return {
+            "weights": both + self.shared.adapters.bytes,
+            "engine_weights": self.weight_bytes - self.shared.adapters.bytes - both,
+            "copied": copied,
+        }
 
     def params(self) -> dict[str, torch.Tensor]:
         """The live parameters, by vLLM's names."""
@@ -215,6 +227,11 @@ class InProcess:
         self._stale = False
 
     # ---- rollouts
+
+    def seed(self, number: int) -> None:
+        """Have what is drawn from now on follow from a number, below 2**32; requests with a seed have their own."""
+        self._alive()
+        self._beside.seed(number)
 
     def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
         """Completions of all prompts, in their order, n for each. sampling: of vllm.SamplingParams (n, max_tokens,

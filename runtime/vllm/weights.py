@@ -59,6 +59,12 @@ class Shared:
         for name in self.copied:
             _load(self.engine, plain.get(name, name), self.model.get_parameter(name).detach())
 
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the parameters that are the engine's memory, and of those that it has copies of."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        both = {address: named[name].nbytes for name, address in self.addresses.items()}
+        return sum(both.values()), sum({id(named[name]): named[name].nbytes for name in self.copied}.values())
+
     def report(self) -> str:
         """What is shared, which adapters are run, and what is copied, a line each."""
         lines = [f"{name} is copied before each rollout: {why}" for name, why in self.copied.items()]

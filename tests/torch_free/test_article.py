@@ -32,6 +32,12 @@ def test_the_page_has_what_was_planned(written: Any) -> None:
     assert "\n".join(written["text"]) in (ROOT / "docs" / "article.md").read_text()
 
 
+def test_the_readme_has_the_least_budgets(written: Any) -> None:
+    resident, streamed = (f"{size / 1e9:.1f}" for size in written["least"])
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {resident} and {streamed} GB at least: `memplan article`" in text
+
+
 def test_every_card_has_room(written: Any) -> None:
     for row in written["cards"]:
         card = Card(**row)

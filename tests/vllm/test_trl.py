@@ -127,6 +127,78 @@ def test_completions_end_where_trl_ends_them(start: Start, made: Made, ledger: L
     assert engine.resident == 0 and ledger.at == "train"
 
 
+def test_an_interrupted_rollout_leaves_the_trainer_its_states(start: Start, made: Made, ledger: Ledger) -> None:
+    from memplan.grpo.trl import planned
+
+    engine, trainer = start(), made()
+    planned(trainer, ledger=ledger, engine=engine, inner="eager")
+    step, interrupted = engine.llm.llm_engine.step, list[int]()
+
+    def once_interrupted() -> Any:
+        if trainer.state.global_step == 2 and ledger.at == "rollout" and not interrupted:
+            interrupted.append(2)
+            raise KeyboardInterrupt
+        return step()
+
+    engine.llm.llm_engine.step = once_interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert interrupted and ledger.at == "train" and engine.resident == 0
+    states = [state["exp_avg_sq"] for state in trainer.optimizer.state.values()]
+    assert states and all(bool((tensor != 0).any()) for tensor in states)
+    trainer.train()
+    assert trainer.state.global_step == 3 and all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_run_goes_on_from_a_checkpoint(start: Start, made: Made, tmp_path: Path) -> None:
+    """To the same weights, with another engine, as in another process; its states leave in the first rollout too."""
+    from memplan.grpo.trl import planned
+
+    weights, states = [], []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-2")):
+        engine, trainer = start(), made(max_steps=4, save_strategy="steps", save_steps=2)
+        ledger = Ledger("1GB", folder=tmp_path)
+        planned(trainer, ledger=ledger, engine=engine, inner="eager")
+        found = seen(trainer, engine, ledger)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states.append([entry[2] for entry in found if entry[0] == "rollout"])
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+        ledger.close()
+        engine.close()
+    assert states == [["", *["backed up"] * 3], ["backed up"] * 2]
+    assert all(map(torch.equal, *weights))
+
+
+def test_states_that_a_checkpoint_replaces_are_leased_in_their_place(start: Start, made: Made, ledger: Ledger) -> None:
+    from memplan.grpo.trl import planned
+
+    engine, trainer = start(), made(max_steps=4, save_strategy="steps", save_steps=2)
+    planned(trainer, ledger=ledger, engine=engine, inner="eager")
+    trainer.train()
+    before = ledger.tenant("optimizer")
+    trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    after: Any = ledger.tenant("optimizer")
+    assert after is not before
+    states = [state["exp_avg_sq"] for state in trainer.optimizer.state.values()]
+    there = after.arena.tensor(0, (1,), torch.uint8, (1,)).data_ptr()
+    assert all(there <= tensor.data_ptr() < there + after.arena.size for tensor in states)
+
+
+def test_what_is_copied_is_said_and_counted(
+    start: Start, made: Made, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    from memplan.grpo.trl_rollouts import joined
+
+    engine, trainer = start(dtype="bfloat16"), made()
+    budget = joined(trainer, ledger, engine)
+    assert "parameters are copied to the engine before each rollout" in caplog.text
+    engines = sum(p.nbytes for p in engine.params().values())
+    trainers = sum(p.nbytes for p in trainer.model.parameters())
+    leases = {tag: lease.bytes for tag, lease in ledger.leases.items()}
+    assert (leases["engine_weights"], leases["copied"], "weights" in leases) == (engines, trainers, False)
+    assert dict(budget.others) | {"engine_fixed": 0} == {"engine_weights": engines, "engine_fixed": 0}
+
+
 def test_what_cannot_be_is_refused_and_the_trainer_is_as_it_was(start: Start, made: Made, ledger: Ledger) -> None:
     from memplan.grpo.trl import planned
 
@@ -137,6 +209,8 @@ def test_what_cannot_be_is_refused_and_the_trainer_is_as_it_was(start: Start, ma
         ({"engine": engine}, "ledger= and engine= go together"),
         ({**both, "budget": "1GB"}, "budget='1GB' cannot be given beside ledger="),
         ({**both, "inner": "no such"}, "inner"),
+        ({**both, "ledger": "1GB"}, "ledger= is '1GB': it takes a memplan.runtime Ledger"),
+        ({**both, "engine": engine.llm}, "it takes a memplan.runtime InProcess"),
     ):
         with pytest.raises(MemplanError, match=why):
             planned(trainer, **given)
@@ -144,12 +218,20 @@ def test_what_cannot_be_is_refused_and_the_trainer_is_as_it_was(start: Start, ma
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, "would be on the device in rollouts"),
         ({"loss_type": "vespo"}, "does not go with loss_type 'vespo'"),
         ({"vllm_structured_outputs_regex": "a+"}, "needs a tokenizer in the engine"),
+        ({"max_completion_length": 128}, "leaves no room for a prompt: the engine has 128 tokens"),
     ):
         with pytest.raises(MemplanError, match=why):
             planned(made(**args), **both)
+    other = made()
+    other.rollout_func = print
+    with pytest.raises(MemplanError, match="rollout_func generates as it likes"):
+        planned(other, **both)
     with pytest.raises(MemplanError, match="another model's weights"):
         planned(made(seed=1), **both)
     assert trainer.use_vllm is False and not hasattr(trainer, "vllm_generation")
     planned(trainer, **both)
     with pytest.raises(MemplanError, match="takes no images"):
         trainer.vllm_generation.generate([[3, 4]], ["image"], 1)
+    engine.close()
+    with pytest.raises(MemplanError, match="the ledger has leases of another engine"):
+        planned(made(), ledger=ledger, engine=start())
