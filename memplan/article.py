@@ -34,7 +34,6 @@ CACHE = 2 * 2 * TOKENS * LAYERS * HEADS * WIDTH  # keys and values of one sequen
 STATES = 2  # that AdamW has for each parameter
 RESIDENT, STREAMED = "llama8b_lora_grpo_1x20k", "llama8b_lora_grpo_1x20k_streamed"
 
-
 NOTES = (
     "*: streamed, fetched for each layer. Slices are of 1,024 rows of the head and its loss, whose logits never exist",
     "whole, and of 4,096 of an MLP. The KV cache leaves in training; in a rollout it has what weights, adapters and",
@@ -95,13 +94,11 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """The article's lines, and cards."""
+    """The article's lines, cards, and the least budgets of the job: with its weights on the device, and streamed."""
 
     lines: tuple[Line, ...]
     cards: tuple[Card, ...]
-    least: tuple[
-        int, ...
-    ]  # budgets that the job can be done in, at least: with the weights on the device, and streamed
+    least: tuple[int, int]
 
     def __str__(self) -> str:
         job = f"GRPO on Llama-3.1-8B, LoRA, {COMPLETIONS} completions of {TOKENS:,} tokens"
@@ -133,7 +130,7 @@ def account(machines: Sequence[Machine], host: str | int, progress: Callable[[st
         kept = None if _parameters(_job(RESIDENT)) > budget.available else _card(target, budget, RESIDENT)
         cards.append(kept if kept and kept.fits else _card(target, budget, STREAMED))
     progress("looking for the least budgets")
-    return Account(LINES, tuple(cards), tuple(_least(name, host) for name in (RESIDENT, STREAMED)))
+    return Account(LINES, tuple(cards), (_least(RESIDENT, host), _least(STREAMED, host)))
 
 
 def _job(name: str) -> Step:
