@@ -12,11 +12,9 @@ Where the frozen weights do not fit beside the rest they are streamed (memplan.s
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from memplan import steps
@@ -25,13 +23,14 @@ from memplan.machines import machine
 from memplan.options import read_budget
 from memplan.passes.pipeline import make_plan, smallest_plan
 from memplan.passes.policies.optimal import Optimal
-from memplan.report.text import at_peak
+from memplan.report.text import at_peak, rendered
 from memplan.units import human
 
 COMPLETIONS, TOKENS, LAYERS, HEADS, WIDTH, VOCABULARY = 8, 20480, 32, 8, 128, 128256
 LOGITS = 2 * 2 * COMPLETIONS * TOKENS * VOCABULARY  # the policy's and the reference's, two bytes each
 CACHE = 2 * 2 * TOKENS * LAYERS * HEADS * WIDTH  # keys and values of one sequence, two bytes each
 STATES = 2  # that AdamW has for each parameter
+COLUMNS = 5  # cards in one table, which has 120 columns of text
 RESIDENT, STREAMED = "llama8b_lora_grpo_1x20k", "llama8b_lora_grpo_1x20k_streamed"
 
 NOTES = (
@@ -98,7 +97,7 @@ class Account:
 
     lines: tuple[Line, ...]
     cards: tuple[Card, ...]
-    least: tuple[int, int]
+    least: tuple[int, int | None]  # None: the host has no room for them
 
     def __str__(self) -> str:
         job = f"GRPO on Llama-3.1-8B, LoRA, {COMPLETIONS} completions of {TOKENS:,} tokens"
@@ -106,16 +105,19 @@ class Account:
             (
                 f"{job}. The article's account, in its GB (arithmetic):",
                 "",
-                _rendered(_theirs(self.lines)),
+                rendered(_theirs(self.lines)),
                 "",
                 "What memplan plans for the same job, one completion at a time (predicted, not run), in training:",
                 "",
-                _rendered(_ours(self.cards)),
-                "",
+                *(f"{rendered(_ours(self.cards[k : k + COLUMNS]))}\n" for k in range(0, len(self.cards), COLUMNS)),
                 *NOTES,
-                f"At least it takes {human(self.least[0])}, and {human(self.least[1])} with the weights streamed.",
+                f"At least it takes {human(self.least[0])} on an H100" + self._streamed(),
             )
         )
+
+    def _streamed(self) -> str:
+        least = self.least[1]
+        return "." if least is None else f", and {human(least)} with the weights streamed."
 
 
 def account(machines: Sequence[Machine], host: str | int, progress: Callable[[str], None] = lambda _: None) -> Account:
@@ -130,7 +132,7 @@ def account(machines: Sequence[Machine], host: str | int, progress: Callable[[st
         kept = None if _parameters(_job(RESIDENT)) > budget.available else _card(target, budget, RESIDENT)
         cards.append(kept if kept and kept.fits else _card(target, budget, STREAMED))
     progress("looking for the least budgets")
-    return Account(LINES, tuple(cards), (_least(RESIDENT, host), _least(STREAMED, host)))
+    return Account(LINES, tuple(cards), _least(host))
 
 
 def _job(name: str) -> Step:
@@ -165,12 +167,17 @@ def _card(target: Machine, budget: Budget, name: str) -> Card:
     return card
 
 
-def _least(name: str, host: str | int) -> int:
-    """The least budget that the job can be done in, on an H100."""
-    step, target = _job(name), machine("h100")
+def _least(host: str | int) -> tuple[int, int | None]:
+    """The least budgets that the job can be done in, on an H100: with its weights on the device, and streamed."""
+    target, found = machine("h100"), list[int | None]()
     budget = read_budget(None, target, host=host)
-    left = dataclasses.replace(budget, bytes=0, host_bytes=max(0, budget.host_bytes - _off(step)))
-    return budget.needed_for(smallest_plan(step, target, "eager", left).peak)
+    for step in map(_job, (RESIDENT, STREAMED)):
+        room = budget.host_bytes - _off(step)
+        left = dataclasses.replace(budget, host_bytes=max(0, room))
+        found.append(budget.needed_for(smallest_plan(step, target, "eager", left).peak) if room >= 0 else None)
+    resident, streamed = found
+    assert resident is not None
+    return resident, streamed
 
 
 def _adapters(step: Step) -> int:
@@ -230,9 +237,3 @@ def _table(*columns: str) -> Table:
     for k, column in enumerate(columns):
         table.add_column(column, justify="right" if k and column != "how" else "left")
     return table
-
-
-def _rendered(table: Table) -> str:
-    out = io.StringIO()
-    Console(file=out, width=120, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

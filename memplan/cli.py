@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 import memplan
 from memplan import report, serialize, steps
@@ -73,7 +74,9 @@ def plan(arguments: argparse.Namespace) -> int:
                 step,
                 batch,
                 arguments.largest,
-                tried=lambda size: status.update(f"planning {arguments.target}: {arguments.largest} of {size:,} ..."),
+                tried=lambda size: status.update(
+                    Text(f"planning {arguments.target}: {arguments.largest} of {size:,} ...")
+                ),
                 **asked,
             )
         made, text = found.plan, found.to_json() if arguments.json else str(found)
@@ -81,10 +84,10 @@ def plan(arguments: argparse.Namespace) -> int:
         with _progress(f"planning {arguments.target}"):
             made = memplan.plan(step, batch, **asked)
             text = serialize.to_json(made) if arguments.json else str(made)
-    print(text)
-    if options.file:
+    if options.file:  # before it is printed, which fails where nobody reads on
         with _progress(f"writing {options.file}"):
             report.save(made, options.file)
+    print(text)
     return 0 if made.fits else 3
 
 
@@ -113,8 +116,12 @@ def compare(arguments: argparse.Namespace) -> int:
     Of two files it prints their peaks by kind, where they differ most, and what is alive at one peak alone. Of policies
     it prints what each one's plan takes in memory and time, of recorded steps or your own, and the gap to the best.
     """
-    if arguments.policies:
+    if _listed(arguments.policies):
         return _rank(arguments)
+    if arguments.policies is not None:
+        raise MemplanError(f"--policies {arguments.policies!r} names none: {', '.join(builtin())}, or FILE.py:policy")
+    if ignored := [name for name in ("steps", "budgets", "host_budget") if getattr(arguments, name) is not None]:
+        raise MemplanError(f"--{ignored[0].replace('_', '-')} is for ranking: give --policies too, or leave it out")
     if arguments.b is None:
         raise MemplanError("compare needs two files, A and B, or --policies to rank: memplan compare a.json b.json")
     _check_out(report.Comparison, arguments.out, arguments.force)
@@ -133,7 +140,7 @@ def _rank(arguments: argparse.Namespace) -> int:
     if arguments.a is not None:
         raise MemplanError(f"compare was given the file {arguments.a!r} and --policies: leave one of them out")
     _check_out(report.Ranking, arguments.out, arguments.force)
-    targets = [machine(name) for name in _listed(arguments.machines)]
+    targets = _machines(arguments.machines)
     with _progress("reading steps") as status:
         chosen = {name: _step(name, targets[0], arguments.cost) for name in _steps(arguments.steps)}
         found = rank(
@@ -141,14 +148,20 @@ def _rank(arguments: argparse.Namespace) -> int:
             targets,
             [_named_in(one) if ".py" in one else one for one in _listed(arguments.policies)],
             [parse_bytes(size) for size in _listed(arguments.budgets)],
-            host_bytes=parse_bytes(arguments.host_budget) if arguments.host_budget else 0,
+            host_bytes=0 if arguments.host_budget in (None, "0") else parse_bytes(arguments.host_budget),
             limit=arguments.limit,
-            progress=lambda text: status.update(f"{text} ..."),
+            progress=lambda text: status.update(Text(f"{text} ...")),
         )
         if arguments.out:
             found.save(arguments.out)
     print(found.to_json() if arguments.json else found)
     return 0 if any(row.fits for row in found.rows) else 3
+
+
+def _machines(text: str) -> list[Machine]:
+    if not _listed(text):
+        raise MemplanError(f"--machines {text!r} names none: there are {', '.join(machines())}, and machine files")
+    return [machine(name) for name in _listed(text)]
 
 
 def _listed(text: str | None) -> list[str]:
@@ -180,9 +193,9 @@ def article(arguments: argparse.Namespace) -> int:
     """
     from memplan.article import account
 
-    targets = [machine(name) for name in _listed(arguments.machines)]
+    targets = list(dict.fromkeys(_machines(arguments.machines)))
     with _progress("planning") as status:
-        found = account(targets, arguments.host_budget, progress=lambda what: status.update(f"{what} ..."))
+        found = account(targets, arguments.host_budget, progress=lambda what: status.update(Text(f"{what} ...")))
     print(json.dumps(dataclasses.asdict(found)) if arguments.json else found)
     return 0
 
@@ -195,14 +208,21 @@ def record_step(arguments: argparse.Namespace) -> int:
     The step may be any code, planned or not. A loss that step(batch) returns is run backward, if that is still to be
     done.
     """
+    from memplan.runtime.recorder import recordable  # which is not torch-free
+
     _check_out(Timeline, arguments.out, arguments.force)
+    recordable(arguments.device)
     with _progress(f"loading {arguments.target}"):
         step, batch = _make_step(arguments.target)
 
     def run() -> None:
         loss = step(batch)
         if getattr(loss, "requires_grad", False):
-            loss.backward()
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if "backward through the graph a second time" not in str(error):
+                    raise  # else the step has done so itself
 
     with _progress(f"warming up {arguments.target}"):
         run()
@@ -236,7 +256,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
             arguments.device,
             name=arguments.name,
             scale=arguments.scale,
-            progress=lambda what: status.update(f"measuring {what} ..."),
+            progress=lambda what: status.update(Text(f"measuring {what} ...")),
         )
         found.save(arguments.out)
     print(f"{found}\nwritten: {arguments.out}")
@@ -254,6 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemplanError as e:
         print(f"memplan: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails as it ends
+        return 0
     return code
 
 
@@ -431,7 +454,7 @@ def _check_new(out: str, overwrite: bool) -> None:
 
 def _progress(what: str) -> Status:
     """Says what takes so long, on a terminal."""
-    return Console(stderr=True).status(f"{what} ...")
+    return Console(stderr=True).status(Text(f"{what} ..."))  # names are no markup
 
 
 def _rows(text: str) -> int | str | dict[str, int | str]:

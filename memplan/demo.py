@@ -146,6 +146,11 @@ def run(
         raise memplan.MemplanError(f"inner {inner!r} is not offered: it is 'eager' or 'inductor'")
     if steps < 3:
         raise memplan.MemplanError(f"steps={steps}: the first compiles and the last is recorded, so at least 3")
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise memplan.MemplanError(f"cannot write into {str(out)!r}: {e.strerror}; name a folder") from None
     from memplan.backend import memplan_backend  # by object: the name is known to torch only once memplan is installed
 
     console = Console()
@@ -209,8 +214,6 @@ def run(
         return
     tightest = min(plans, key=lambda plan: plan.budget.bytes)
     print(tightest)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     for suffix in ("html", "png", "json"):
         tightest.timeline.save(out / f"timeline.{suffix}")
     console.print(f"the tighter plan's timeline: {out / 'timeline.html'}, .png and .json")

@@ -24,6 +24,7 @@ from memplan import report
 from memplan.ir import Block, Timeline
 from memplan.report.text import at_moment, beside, block_line, folded
 from memplan.runtime.free import free_bytes
+from memplan.runtime.recorder import recordable
 from memplan.runtime.rolling import Rolling
 from memplan.units import human, parse_bytes
 
@@ -43,7 +44,7 @@ def on_oom(path: str | os.PathLike[str], device: torch.device | str | None = Non
     the end of the next backward.
     """
     report.check_path(Timeline, path)
-    recorder = Rolling(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    recorder = Rolling(recordable(device))
     try:
         with recorder.hooks():
             yield
@@ -97,8 +98,8 @@ def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     lines += rest(alive[LARGEST:])
     lines += [f"  {line}" for line in beside(timeline, at)]
     if free is not None:
-        fits = human(total + free)
-        lines.append(f'  a step inside {fits} would fit here: memplan.plan(step, batch, budget="{fits}")')
+        fits = total + free
+        lines.append(f'  a step inside {human(fits)} would fit here: memplan.plan(step, batch, budget="{fits}B")')
     return "\n".join(lines)
 
 

@@ -42,12 +42,23 @@ def rank(
 
     host_bytes: what may be off the device. limit: seconds that a policy may take for one plan; one that takes longer is
     stopped and named, and has the best that it made so far: what it returns when it catches memplan.errors.Stopped, or
-    its plan for a smaller budget. Raises MemplanError for a policy that is not known, and a limit of 0 or less.
+    its plan for a smaller budget. Raises MemplanError for a policy that is not known, a limit of 0 or less,
+    two machines of one name, and nothing to rank.
     """
     if not limit > 0:
         raise MemplanError(f"a limit of {limit:g} seconds leaves no time to plan: give a positive number, or none")
-    found = tuple((name_of(one), policies.find(one)) for one in wanted)
-    asked = _Asked(found, tuple(sorted(budgets)), host_bytes, limit, progress)
+    found = tuple({name_of(one): policies.find(one) for one in wanted}.items())
+    machines = list(dict.fromkeys(machines))
+    for k, one in enumerate(machines):
+        if any(one.name == other.name for other in machines[:k]):
+            raise MemplanError(
+                f"two machines are called {one.name!r}, and rows go by name: give one another, as with "
+                "memplan calibrate --name"
+            )
+    if not (found and machines and steps):
+        missing = "policy" if not found else "machine" if not machines else "step"
+        raise MemplanError(f"there is no {missing} to rank: name one at least")
+    asked = _Asked(found, tuple(sorted({*budgets})), host_bytes, limit, progress)
     return Ranking(tuple(row for name, step in steps.items() for row in _of_step(asked, name, step, machines)))
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memplan.errors import MemplanError
-from memplan.ir import Decision, Keep, Offload, Plan, Recompute, Step
-from memplan.sound import unsound
+from memplan.ir import Decision, Keep, Offload, Plan, Recompute, Step, Timeline
+from memplan.sound import impossible, unsound
 
 SCHEMA = 3  # raised when files written before can no longer be read
 
@@ -46,7 +46,7 @@ def from_json(text: str, kind: type[T], name: str = "the text") -> T:
     """Read what `to_json` wrote. Raises MemplanError naming `name` when it is corrupt, foreign or of another schema."""
     try:
         document = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise MemplanError(f"{name} is not JSON ({e}); was it cut short, or is it another kind of file?") from None
     if not isinstance(document, dict) or "memplan" not in document:
         raise MemplanError(f"{name} was not written by memplan: it has no 'memplan' entry")
@@ -59,11 +59,13 @@ def from_json(text: str, kind: type[T], name: str = "the text") -> T:
         raise MemplanError(f"{name} holds a {document['memplan']}, not a {kind.__name__}")
     try:
         value = typing.cast(T, _decode(document.get("value"), kind))
-    except (TypeError, ValueError, KeyError) as e:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
         raise MemplanError(f"{name} is damaged: {e}") from None
     step = value if isinstance(value, Step) else value.step if isinstance(value, Plan) else None
     if step is not None and (wrong := unsound(step)):
         raise MemplanError(f"{name} holds a step that cannot run: {wrong}")
+    if isinstance(value, (Plan, Timeline)) and (wrong := impossible(value)):
+        raise MemplanError(f"{name} is damaged: {wrong}")
     return value
 
 
@@ -133,8 +135,8 @@ def _decode(value: Any, hint: Any) -> Any:
         if value not in arguments:
             raise ValueError(f"{value!r} is not one of {arguments}")
         return value
-    if hint is float and isinstance(value, int):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint):
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"expected {hint.__name__}, found {value!r:.60}")
     return value

@@ -68,12 +68,23 @@ def record(device: torch.device | str | None = None, *, lines: bool = False) -> 
     lines: on the CPU, also find the source line and the module of each allocation. On CUDA lines are always there.
     Raises MemplanError if another recording or profiler is running. Exceptions of the block pass through.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type not in ("cpu", "cuda"):
-        raise MemplanError(f"cannot record on {str(where)!r}: memory is recorded on 'cpu' and 'cuda'")
+    where = recordable(device)
     recording = Recording()
     with _cuda(where, recording) if where.type == "cuda" else _cpu(recording, lines):
         yield recording
+
+
+def recordable(device: torch.device | str | None) -> torch.device:
+    """The device to record (default: CUDA if there is one, otherwise the CPU). Raises MemplanError for another."""
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise MemplanError(f"cannot record on {device!r}: memory is recorded on 'cpu' and 'cuda'") from None
+    if where.type not in ("cpu", "cuda"):
+        raise MemplanError(f"cannot record on {str(where)!r}: memory is recorded on 'cpu' and 'cuda'")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise MemplanError(f"cannot record on {str(where)!r}: torch sees no CUDA device here")
+    return where
 
 
 # ---- the timeline that follows from events --------------------------------------------------------------------------
@@ -99,6 +110,8 @@ def build(
 
     `unreached` bytes were alive at entry too, but no object says what they are; `others` are not torch's.
     """
+    if events and events[0].bytes <= 0:  # of the base, which has no moment to be alive at otherwise
+        events = [Event(events[0].seconds, -1, 0, "start"), *events]
     backward = [i for i, e in enumerate(events) if e.phase == "backward"]
     alive: dict[int, int] = dict.fromkeys(before, -1)  # address -> index of the event that allocated it; -1: base
     base = dict.fromkeys(KINDS, 0)

@@ -50,5 +50,7 @@ def check_path(kind: type, path: str | os.PathLike[str]) -> None:
     if Path(path).suffix.lower() not in formats:
         known = ", ".join(formats[:-1]) + " and " + formats[-1] if len(formats) > 1 else formats[0]
         raise MemplanError(f"cannot write a {kind.__name__} as {os.fspath(path)!r}: the formats are {known}")
+    if Path(path).is_dir():
+        raise MemplanError(f"cannot write {os.fspath(path)!r}: it is a folder; name a file in it")
     if not os.access(Path(path).absolute().parent, os.W_OK):
         raise MemplanError(f"cannot write {os.fspath(path)!r}: name a folder that exists and is writable")

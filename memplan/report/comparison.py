@@ -153,13 +153,15 @@ def _worst(x: Timeline, y: Timeline, key: Key) -> Place | None:
     for a, b in aligned(x, y, key):
         if not starts or (a.start > starts[-1][0] and b.start > starts[-1][1]):
             starts.append((a.start, b.start, a))
+    if not starts:
+        return None
     ends = [*starts[1:], (len(x.moments), len(y.moments), None)]
     places = []
     for (from_a, from_b, block), (to_a, to_b, _) in zip(starts, ends, strict=True):
         at_a = max(range(from_a, to_a), key=x.totals.__getitem__)
         at_b = max(range(from_b, to_b), key=y.totals.__getitem__)
         places.append(Place(block, at_a, at_b, x.totals[at_a] - x.base_bytes, y.totals[at_b] - y.base_bytes))
-    return max(places, key=lambda place: abs(place.bytes_b - place.bytes_a), default=None)
+    return max(places, key=lambda place: abs(place.bytes_b - place.bytes_a))
 
 
 def _moved(x: Timeline, y: Timeline, key: Key) -> tuple[tuple[Block, Block], ...]:

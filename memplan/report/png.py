@@ -61,7 +61,15 @@ def _draw(axes: Axes, timeline: Timeline, plan: Plan | None) -> None:
         first, last = ends[start], ends[end]
         axes.axvspan(first, last, color="0.5", alpha=0.12 if phase == "backward" else 0.04, linewidth=0)
         if phase:
-            axes.text((first + last) / 2, 0.985, phase, transform=axes.get_xaxis_transform(), ha="center", va="top")
+            axes.text(
+                (first + last) / 2,
+                0.985,
+                phase,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                parse_math=False,
+            )
     bottom = np.zeros_like(steps.total)
     for kind, layer in steps.layers.items():
         label = f"{kind}, {human(int(layer[steps.total.argmax()]))} at the peak"

@@ -123,7 +123,7 @@ def _drawn(rows: Sequence[Row], kind: str) -> bytes:
     FigureCanvasAgg(figure)
     for axes, group in zip(figure.subplots(max(1, len(groups)), squeeze=False)[:, 0], groups, strict=False):
         _curves(axes, [row for row in rows if (row.step, row.machine) == group and row.fits])
-        axes.set_title(f"{group[0]} on {group[1]}")
+        axes.set_title(f"{group[0]} on {group[1]}", parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind)
     return buffer.getvalue()
@@ -144,4 +144,6 @@ def _curves(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_yscale("symlog", linthresh=10)  # policies differ by tenths of a percent, and by a hundred
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # something fits
+        for text in axes.legend(fontsize=8).get_texts():
+            text.set_parse_math(False)

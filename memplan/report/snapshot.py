@@ -34,7 +34,7 @@ def _device(timeline: Timeline, device: int) -> tuple[list[dict[str, Any]], dict
     """The events of a timeline, and the segment as they leave it."""
     ends, count = edges(timeline)[0], len(timeline.moments)
     base = [Block(f"{kind}, throughout", size, kind, 0, count + 1) for kind, size in timeline.base]
-    blocks = [block for block in [*base, *timeline.blocks] if block.bytes]
+    blocks = [block for block in [*base, *timeline.blocks] if block.bytes and block.start < block.end]
     changes: dict[int, tuple[list[Block], list[Block]]] = defaultdict(lambda: ([], []))  # moment -> freed, allocated
     for block in blocks:
         changes[block.end][0].append(block)

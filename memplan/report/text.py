@@ -123,7 +123,7 @@ def _decisions(plan: Plan) -> str:
             _shorten(any_layer(tensor.layer)[::-1])[::-1],
             line,
         )
-    text = _render(out)
+    text = rendered(out)
     hidden = [t for members in rows[ROWS:] for t in members]
     return f"{text}\nand {len(hidden)} more ({human(size(hidden))})" if hidden else text
 
@@ -132,7 +132,8 @@ def _shorten(name: str) -> str:
     return name if len(name) <= NAME else name[: NAME - 2] + ".."
 
 
-def _render(out: Table) -> str:
+def rendered(out: Table) -> str:
+    """A table as lines of at most WIDTH columns; what is in its cells is taken literally."""
     buffer = io.StringIO()
     console = Console(
         file=buffer, width=WIDTH, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False

@@ -30,6 +30,16 @@ def make_whole():
 
     return whole, x
 
+def make_returning():
+    step, x = make_step()
+
+    def returning(x):
+        loss = step(x)
+        loss.backward()
+        return loss
+
+    return returning, x
+
 def make_broken():
     return (lambda x: 1 / 0), None
 """
@@ -41,7 +51,7 @@ def script(tmp_path: Path) -> str:
     return str(tmp_path / "train.py")
 
 
-@pytest.mark.parametrize("make", ["make_step", "make_whole"])
+@pytest.mark.parametrize("make", ["make_step", "make_whole", "make_returning"])
 def test_record_step(make: str, script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
     assert main(["record-step", f"{script}:{make}", "--device", "cpu", "-o", str(out)]) == 0
@@ -62,7 +72,7 @@ def test_as_json(script: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bad_input(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for more in (["-o", "step.txt"], ["--device", "meta"]):
+    for more in (["-o", "step.txt"], ["-o", str(tmp_path), "-f"], ["--device", "meta"], ["--device", "gpu"]):
         assert main(["record-step", f"{script}:make_step", *more]) == 2
         assert capsys.readouterr().err.startswith("memplan: cannot")
     (tmp_path / "step.json").write_text("mine")

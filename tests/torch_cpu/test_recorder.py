@@ -264,6 +264,18 @@ def test_what_is_freed_while_recording_leaves_the_base_in_its_moment():
     del first, second
 
 
+def test_what_is_freed_first_was_alive_at_the_start():
+    held = torch.ones(MIB // 4)
+    gc.collect()
+    with record("cpu") as seen:
+        del held
+        kept = torch.ones(10)
+    timeline = seen.timeline
+    assert timeline.moments[0].name == "start"
+    assert timeline.peak == timeline.totals[0] == timeline.base_bytes + MIB
+    assert timeline.totals[-1] == timeline.base_bytes + kept.nbytes
+
+
 def test_a_second_recording_sees_frees_of_the_first_once():
     with record("cpu"):
         kept = torch.ones(MIB // 4)
@@ -314,8 +326,9 @@ def test_the_timeline_is_refused_before_the_end():
 
 
 def test_an_unknown_device_is_refused():
-    with pytest.raises(MemplanError, match="meta"), record("meta"):
-        pass
+    for device in ("meta", "gpu", *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(MemplanError, match=f"cannot record on '{device}'"), record(device):
+            pass
 
 
 # ---- the timeline from events, and CUDA's history as events ---------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -183,6 +184,9 @@ def test_compare_ranks_policies(step: Step, tmp_path: Path, capsys: pytest.Captu
         ([*ranked, "-o", str(out)], "give -f to overwrite"),
         (["compare", "--policies", "greedy", "--steps", "llama"], "no recorded step is called 'llama'"),
         (["compare", "--policies", "greedy", "--machines", "h1000"], "did you mean"),
+        (["compare", "--policies", "greedy", "--machines", ""], "--machines '' names none"),
+        (["compare", "--policies", ","], "--policies ',' names none"),
+        (["compare", "a.json", "b.json", "--budgets", "1GB"], "--budgets is for ranking"),
     ):
         assert main(wrong) == 2
         assert says in capsys.readouterr().err
@@ -219,6 +223,14 @@ def test_files_that_are_not_timelines(tmp_path: Path, capsys: pytest.CaptureFixt
     for arguments in (["timeline", str(path)], ["compare", str(path), str(path)], ["timeline", "absent.json"]):
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("memplan: ")
+
+
+def test_nobody_reads_what_is_printed(script: str, plan: Plan, tmp_path: Path) -> None:
+    """`| head` is no error, and what was to be saved is there."""
+    plan.save(tmp_path / "saved.json")
+    command = f"{sys.executable} -u -m memplan timeline '{tmp_path}/saved.json' -o '{tmp_path}/out.html' | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "out.html").exists()
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from memplan.ir import (
     Tensor,
     Timeline,
 )
+from memplan.report import summary
 from memplan.serialize import from_json, to_json, write
 
 REAL = st.floats(allow_nan=False, allow_infinity=False)
@@ -86,6 +87,30 @@ def runnable(step: Step) -> Step:
     return dataclasses.replace(step, resident=resident, graphs=tuple(map(some_of, step.graphs)))
 
 
+def possible(timeline: Timeline) -> Timeline:
+    """The same, less what cannot be: seconds and bytes below zero, blocks of other moments, a kind twice."""
+    end = len(timeline.moments)
+
+    def cut(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        places = (sorted((block.start % (end + 1), block.end % (end + 1))) for block in blocks)
+        return tuple(
+            dataclasses.replace(block, bytes=abs(block.bytes) % 2**60, start=a, end=b)
+            for block, (a, b) in zip(blocks, places, strict=True)
+        )
+
+    moments = tuple(dataclasses.replace(m, seconds=abs(m.seconds), stall=abs(m.stall)) for m in timeline.moments)
+    base = tuple((kind, abs(size) % 2**60) for kind, size in dict(timeline.base).items())
+    blocks, host, others = map(cut, (timeline.blocks, timeline.host, timeline.others))
+    return dataclasses.replace(timeline, moments=moments, base=base, blocks=blocks, host=host, others=others)
+
+
+def of_its_step(plan: Plan) -> Plan:
+    """The same, less what it says of storages that are not there."""
+    there = range(len(plan.step.tensors))
+    reasons = tuple((tuple(t for t in members if t in there), text) for members, text in plan.reasons)
+    return dataclasses.replace(plan, decisions=tuple(d for d in plan.decisions if d[0] in there), reasons=reasons)
+
+
 LOOP = every(Loop, body=graphs(st.none()), accumulators=INDICES)
 STEP = every(
     Step,
@@ -106,7 +131,7 @@ TIMELINE = every(
     base=some(st.tuples(KIND, INTEGERS)),
     notes=some(st.text()),
     host=some(every(Block, kind=KIND, shape=INDICES)),
-)
+).map(lambda timeline: possible(timeline))
 MACHINE = every(
     Machine,
     device=st.sampled_from(("cpu", "cuda")),
@@ -126,12 +151,12 @@ PLAN = every(
     forward=some(every(Run)),
     backward=some(every(Run)),
     timeline=TIMELINE,
-    budget=every(Budget, reserve=REAL),
+    budget=every(Budget, reserve=st.floats(0, 1, exclude_max=True)),
     machine=MACHINE,
     base_seconds=REAL,
     notes=some(st.text()),
-    bound=st.none() | every(Bound, seconds=REAL, per_byte=REAL),
-)
+    bound=st.none() | every(Bound, seconds=REAL, per_byte=REAL, at=st.just("")),
+).map(lambda plan: of_its_step(plan))
 
 
 @settings(deadline=None, max_examples=60)
@@ -151,7 +176,7 @@ def test_files_round_trip(plan: Plan, tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_a_damaged_value_is_refused_or_read(data: st.DataObject) -> None:
-    """Replace one value anywhere in a file: never another exception than MemplanError."""
+    """Replace one value anywhere in a file: never another exception than MemplanError, and what is read is shown."""
     timeline = Timeline("t", "measured", (Moment("a", 0.0),), (Block("b", 1, "input", 0, 1),), (("input", 3),))
     document: Any = json.loads(to_json(timeline))
     at = document
@@ -160,9 +185,11 @@ def test_a_damaged_value_is_refused_or_read(data: st.DataObject) -> None:
         if not isinstance(at[key], (dict, list)) or not at[key] or data.draw(st.booleans()):
             break
         at = at[key]
-    at[key] = data.draw(st.none() | st.booleans() | st.text() | st.integers() | st.just([]) | st.just({"is": []}))
+    at[key] = data.draw(
+        st.none() | st.booleans() | st.text() | st.integers() | st.floats() | st.just([]) | st.just({"is": []})
+    )
     with contextlib.suppress(MemplanError):
-        from_json(json.dumps(document), Timeline)
+        assert summary(from_json(json.dumps(document), Timeline))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +200,7 @@ def test_a_damaged_value_is_refused_or_read(data: st.DataObject) -> None:
         ('{"nodes": []}', "not written by memplan"),
         ('{"memplan": "Timeline", "schema": 999, "value": {}}', "schema 999"),
         ('{"memplan": "Timeline", "schema": 3}', "damaged"),
+        ("[" * 100_000, "not JSON"),
         ('{"memplan": "Timeline", "schema": 3, "value": {"title": "x", "colour": 1}}', "no field 'colour'"),
         ('{"memplan": "Step", "schema": 3, "value": {}}', "holds a Step, not a Timeline"),
     ],
@@ -183,6 +211,38 @@ def test_foreign_files(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(MemplanError, match=says) as e:
         Timeline.load(path)
     assert "x.json" in str(e.value).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"decisions": ((999, Keep()),)}, "it decides on storage 999"),
+        ({"reasons": (((999,), "keep: over by 1.200 GB"),)}, "it decides on storage 999"),
+        ({"budget": Budget(1, reserve=2.0)}, "a reserve of 2.0"),
+        ({"bound": Bound(1.0, at="nowhere")}, "its bound is at 'nowhere'"),
+    ],
+)
+def test_plans_of_another_step_are_refused(damage: dict[str, Any], says: str, plan: Plan) -> None:
+    with pytest.raises(MemplanError, match=says):
+        from_json(to_json(dataclasses.replace(plan, **damage)), Plan)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"start": -1}, "is alive from -1 to 3"),
+        ({"start": 4}, "is alive from 4 to 3"),
+        ({"end": 999}, "is alive from 1 to 999"),
+        ({"bytes": -1}, "has -1 bytes"),
+        ({"bytes": 10**30}, "bytes"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(damage: dict[str, int], says: str, timeline: Timeline) -> None:
+    block = Block("b", 1, "activation", 1, 3)
+    for where in ("blocks", "host", "others"):
+        damaged = dataclasses.replace(timeline, **{where: (dataclasses.replace(block, **damage),)})
+        with pytest.raises(MemplanError, match=says):
+            from_json(to_json(damaged), Timeline)
 
 
 def test_every_truncation_is_refused(timeline: Timeline) -> None:

@@ -113,6 +113,19 @@ def test_a_limit_of_nothing_is_refused(limit: float) -> None:
         rank({"toy": make_step(2)}, [BUS], ["save-all"], [10**9], limit=limit)
 
 
+def test_names_are_of_one_thing_each(tmp_path: Path) -> None:
+    toy = {"$x^{$": make_step(2)}
+    slower = dataclasses.replace(BUS, bandwidth=BUS.bandwidth / 2)
+    with pytest.raises(MemplanError, match=f"two machines are called '{BUS.name}'"):
+        rank(toy, [BUS, slower], ["save-all"], [10**9])
+    found = rank(toy, [BUS, BUS], ["save-all", "save-all"], [10**9, 10**9])
+    assert len(found.rows) == 1
+    found.save(tmp_path / "names.png")  # nothing in a name is a formula
+    for machines, policies in (([], ["save-all"]), ([BUS], [])):
+        with pytest.raises(MemplanError, match="to rank: name one at least"):
+            rank(toy, machines, policies, [10**9])
+
+
 def test_unknown_policies_are_refused() -> None:
     with pytest.raises(MemplanError, match=r"no policy is called 'optimum'.*optimal"):
         rank({"toy": make_step(2)}, [BUS], ["optimum"])

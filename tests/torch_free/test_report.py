@@ -110,7 +110,7 @@ def test_png_steps_are_the_timeline(timeline: Timeline) -> None:
 
 def test_png_of_odd_timelines(plan: Plan, tmp_path: Path) -> None:
     empty = Timeline("empty", "measured", (), ())
-    one = Timeline("$x_1$", "measured", (Moment("a", 0.0),), (Block("b", 1, "input", 0, 1),))
+    one = Timeline("$x_1$", "measured", (Moment("a", 0.0, "$x^{$"),), (Block("b", 1, "input", 0, 1),))
     report.save([empty, one, plan.timeline], tmp_path / "all.PNG")
     assert png_size(tmp_path / "all.PNG") == (1440, 1800)
     plan.save(tmp_path / "plan.png")
@@ -125,6 +125,10 @@ def test_formats(plan: Plan, step: Step, tmp_path: Path) -> None:
         MemplanError, match=r"a Plan as .*the formats are \.json, \.html, \.png, \.pickle and \.perfetto-trace"
     ):
         report.save(plan, tmp_path / "plan.htm")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(MemplanError, match="it is a folder"):
+        report.check_path(Step, tmp_path / "folder.json")
+    (tmp_path / "folder.json").rmdir()
     with pytest.raises(MemplanError, match="at least one"):
         report.save([], tmp_path / "none.png")
     assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
@@ -134,6 +138,14 @@ def test_a_timeline_equals_itself(plan: Plan) -> None:
     same = report.compare(plan, plan.timeline)
     assert (same.difference, same.only_a, same.only_b) == (0, (), ())
     assert "equal peaks" in str(same)
+
+
+def test_timelines_that_have_nothing_in_common_are_compared(timeline: Timeline) -> None:
+    none = Timeline("none", "measured", (), ())
+    other = Timeline("other", "measured", (Moment("a", 0.0),), (Block("b", 1, "input", 0, 1),))
+    for a, b in ((none, none), (none, timeline), (timeline, other)):
+        found = report.compare(a, b)
+        assert found.worst is None and str(found)
 
 
 def test_compare_is_antisymmetric(plan_of: Callable[..., Plan]) -> None:
