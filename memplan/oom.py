@@ -98,8 +98,9 @@ def _describe(timeline: Timeline, asked: int, free: int | None) -> str:
     lines += rest(alive[LARGEST:])
     lines += [f"  {line}" for line in beside(timeline, at)]
     if free is not None:
-        fits = total + free
-        lines.append(f'  a step inside {human(fits)} would fit here: memplan.plan(step, batch, budget="{fits}B")')
+        size = total + free
+        fits = human(size - size % 10 ** max(0, len(str(size)) - 4))  # four digits, and no more than is there
+        lines.append(f'  a step inside {fits} would fit here: memplan.plan(step, batch, budget="{fits}")')
     return "\n".join(lines)
 
 

@@ -43,8 +43,8 @@ class Options:
     `policy`: a policy's name, or the policy itself. `machine`: None: the device that the step is on; else a name, a
     machine file, or the Machine itself.
     `inner`: the compiler that runs the planned graphs, with `inductor` passed to Inductor's config.
-    `out`: the file to which the plan is saved, .json or .png, or a function that is called with each plan that is
-    adopted, list.append say.
+    `out`: the file to which the plan is saved, .json, .html or another of report.save's, or a function that is called
+    with each plan that is adopted, list.append say.
     `optimizer`: what will update the parameters, so that its states count before they are there: torch.optim's name of
     it, or a function that makes it from parameters, or itself.
     `tiles`: the most rows of a slice, for every region that can run in slices; {"lm_head": 256}, for those in a module
@@ -121,7 +121,7 @@ class Options:
         if "out" in values and not callable(values["out"]):
             if not isinstance(values["out"], (str, Path)):
                 raise MemplanError(
-                    f"option 'out' is {values['out']!r}: give the path of a .json or .png file, or a function of a plan"
+                    f"option 'out' is {values['out']!r}: give the path of a .json or .html file or a function of a plan"
                 )
             values["out"] = str(values["out"])
         limits = _sizes(values.get("limits", {}))

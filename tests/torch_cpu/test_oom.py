@@ -16,6 +16,7 @@ from memplan import oom
 from memplan.errors import MemplanError
 from memplan.ir import Timeline
 from memplan.runtime import recorder, rolling
+from memplan.units import parse_bytes
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6
@@ -108,6 +109,12 @@ def test_a_page(tmp_path: Path) -> None:
     said = run(tmp_path, "eager", tmp_path / "oom.html", 300 * MB)
     assert "the timeline up to here" in said
     assert "would fit here: memplan.plan" in (tmp_path / "oom.html").read_text()
+
+
+@pytest.mark.parametrize("free", [999, 9_999_999, 22_885_999_999])
+def test_the_budget_that_is_named_is_no_more_than_there_is(free: int) -> None:
+    named = oom._describe(Timeline("t", "measured", (), ()), 1, free).split('budget="')[1].split('"')[0]
+    assert 0.999 * free <= parse_bytes(named) <= free
 
 
 def oom_error() -> RuntimeError:

@@ -194,7 +194,7 @@ def test_ops_are_priced_as_they_are_run() -> None:
         ({"inductor": "max_autotune"}, "give a dict"),
         ({"inner": "eager", "inductor": {"max_autotune": True}}, "no effect"),
         ({"inductor": {"joint_custom_post_pass": print}}, "where memplan plans"),
-        ({"out": 3}, "path of a .json or .png file, or a function of a plan"),
+        ({"out": 3}, "path of a .json or .html file or a function of a plan"),
     ],
 )
 def test_bad_options(given: dict[Any, Any], says: str) -> None:
